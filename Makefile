@@ -1,0 +1,69 @@
+# `make help` lists the targets. Variables: PYTHON (3.11 to 3.13), VENV, EXTRAS, PYTEST_ARGS.
+
+PYTHON ?= python3
+VENV ?= .venv
+# PyTorch serves the parity tests alone and is tested on Python 3.11; without it they are skipped.
+EXTRAS ?= $(shell $(PYTHON) -c 'import sys; print("dev,torch" if sys.version_info[:2] == (3, 11) else "dev")')
+PYTEST_ARGS ?= -n 2 --dist loadfile
+
+comma := ,
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
+PYTEST := $(BIN)/python -m pytest
+SOURCES := duc_dlc_jax configs tests
+
+# Compiled programs are kept between runs; tests compile many small ones, hence no minimum time.
+export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
+export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0
+export TF_CPP_MIN_LOG_LEVEL ?= 2
+
+.PHONY: help install demo test test-parity test-fault test-multiprocess test-real-data test-all lint format bench clean
+.DEFAULT_GOAL := help
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 20
+
+install: $(INSTALLED)  ## create the virtual environment with the tested versions
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else f"Python {v[0]}.{v[1]} is not supported: make PYTHON=python3.12 ...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[$(EXTRAS)]'
+	@rm -f $(VENV)/.installed-*
+	@touch $@
+
+demo: install  ## draw street scenes, train a small network on them, evaluate it
+	$(BIN)/python -m duc_dlc_jax.data.prepare --dataset=scenes --data_dir=data
+	$(BIN)/python -m duc_dlc_jax.main --config=configs/demo.py --workdir=runs/demo
+
+test: install  ## the fast suite
+	$(PYTEST) -m "not parity and not fault and not multiprocess and not real_data" $(PYTEST_ARGS)
+
+test-parity: install  ## the deep and wide networks against PyTorch
+	$(PYTEST) -m parity
+
+test-fault: install  ## runs that are killed and resume
+	$(PYTEST) -m fault
+
+test-multiprocess: install  ## several processes as one run
+	$(PYTEST) -m multiprocess
+
+test-real-data: install  ## needs DUC_DLC_SHARED_DATA, see CONTRIBUTING.md
+	$(PYTEST) -m real_data
+
+test-all: test test-parity test-fault test-multiprocess test-real-data  ## every suite
+
+lint: install  ## ruff and pyright
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+format: install  ## rewrite the sources in the project's format
+	$(BIN)/ruff check --fix $(SOURCES)
+	$(BIN)/ruff format $(SOURCES)
+
+bench: install  ## images per second of a training step and of inference
+	$(BIN)/python -m duc_dlc_jax.benchmark --config=configs/demo.py
+
+clean:  ## remove caches and build products; keeps the virtual environment, data and runs
+	rm -rf .cache .pytest_cache .ruff_cache build dist

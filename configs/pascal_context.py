@@ -1,0 +1,20 @@
+"""PASCAL-Context, 59 classes (background ignored): train 4,998 and val 5,105 images.
+
+Command   python -m duc_dlc_jax.main --config=configs/pascal_context.py --workdir=runs/pascal
+          60 classes, background counted: --config.data.name=pascal_context_60
+Data      python -m duc_dlc_jax.data.prepare --dataset=pascal_context --raw_dir=DIR --data_dir=data
+Hardware  8 accelerators with 16 GB or more; not run by us, so no hours are given
+Score     the paper: 56.10 mIoU, 81.62 PA (depth and scales not stated); not measured here
+"""
+
+from duc_dlc_jax import config as base
+
+
+def get_config():
+    config = base.default()
+    config.data.name = "pascal_context"
+    config.data.workers = 8
+    config.model.dtype = "bfloat16"
+    config.train.epochs = 80.0
+    config.train.eval_every = 5000
+    return config

@@ -1,0 +1,62 @@
+"""What the commands share: parsing, errors in one line, the compilation cache."""
+
+from __future__ import annotations
+
+import logging as py_logging
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+from absl import app, flags, logging
+
+from duc_dlc_jax import config as config_lib
+from duc_dlc_jax.data.labels import DataError
+
+
+def run(main: Callable) -> None:
+    """absl's `app.run`; errors that a user can mend are one line on stderr and exit code 2."""
+
+    def guarded(argv):
+        try:
+            return main(argv)
+        except (config_lib.ConfigError, DataError, FileNotFoundError) as error:
+            fail(error)
+
+    logging.set_verbosity(logging.INFO)
+    logging.use_python_logging(quiet=True)
+    for name in ("orbax", "jax"):
+        py_logging.getLogger(name).setLevel(py_logging.WARNING)
+    app.run(guarded, flags_parser=_parse)
+
+
+def fail(error: Exception) -> None:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _parse(argv: list[str]) -> list[str]:
+    """Parses flags; `--config` falls back to the packaged file, wrong field names end here."""
+    argv = list(argv)
+    try:
+        for i, word in enumerate(argv):
+            name, equals, value = word.lstrip("-").partition("=")
+            if name == "config" and word.startswith("-"):
+                if equals:
+                    argv[i] = f"--config={config_lib.find(value)}"
+                elif i + 1 < len(argv):
+                    argv[i + 1] = config_lib.find(argv[i + 1])
+            elif word.startswith("-") and name.startswith("config."):
+                config_lib.check_field_name(name.removeprefix("config."))
+        return flags.FLAGS(argv)
+    except flags.Error as error:
+        fail(error)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        fail(config_lib.ConfigError(str(error).strip('"')))
+
+
+def use_compilation_cache(workdir: Path) -> None:
+    """Keeps compiled programs in `workdir/compiled`, unless JAX_COMPILATION_CACHE_DIR says where."""
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        jax.config.update("jax_compilation_cache_dir", str(workdir.absolute() / "compiled"))

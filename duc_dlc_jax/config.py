@@ -1,0 +1,192 @@
+"""Every configuration field, its default and its unit; `configs/*.py` change a few of them.
+
+Fields marked [I] are inferences about the paper rather than its own words (see docs/network.md);
+[C] marks facts of the code base that the paper's hyper-parameters come from.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+
+CHOICES = {
+    "data.flip": ("left_right", "up_down", "none"),
+    "model.depth": (14, 26, 50, 101, 152, 269),
+    "model.stem": ("plain", "deep"),
+    "model.stride_on": ("3x3", "1x1"),
+    "model.output_stride": (32, 16, 8),
+    "model.resize_grid": ("corners", "stride"),
+    "model.guidance_kernel": (3, 5),
+    "model.guidance_stride": (1, 2),
+    "model.dtype": ("float32", "bfloat16", "float64"),
+    "model.bn_groups": ("global", "device"),
+    "model.bn_running_variance": ("biased", "unbiased"),
+}
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot run; the message says what to change."""
+
+
+def default() -> ml_collections.ConfigDict:
+    """Returns the paper's recipe: ResNet-50 + DUC + DLC, SGD + poly, 480x480 crops, batch 16."""
+    c = ml_collections.ConfigDict()
+    c.seed = 0  # parameters, dropout, record order and augmentation all derive from it
+
+    c.data = ml_collections.ConfigDict()
+    c.data.name = ""  # a prepared data set: camvid, cityscapes, ade20k, pascal_context, scenes
+    c.data.dir = "data"  # what `duc_dlc_jax.data.prepare --data_dir` wrote
+    c.data.train_split = "train"
+    c.data.eval_split = "val"
+    c.data.base_size = 520  # pixels on the short side that the random scale multiplies [C]
+    c.data.crop_size = 480  # pixels, square
+    c.data.scale_min = 0.5
+    c.data.scale_max = 2.0
+    c.data.flip = "left_right"  # left_right [C], up_down (the paper's word "vertical"), none
+    c.data.antialias = False  # low-pass when shrinking, as PIL does and OpenCV does not
+    c.data.blur_probability = 0.0  # Gaussian blur, radius uniform in 0..1 pixel; the code: 0.5 [C]
+    c.data.rotate_degrees = 0.0  # uniform in +-this; the code: 10 for Cityscapes [C]
+    c.data.workers = 0  # decoding processes on this host; 0 decodes in threads of the trainer
+    c.data.threads = 2  # reading threads per process
+    c.data.prefetch = 2  # batches kept ready
+    c.data.in_memory = False  # keep decoded images; for sets that fit
+
+    c.model = ml_collections.ConfigDict()
+    c.model.depth = 50  # 50, 101, 152, 269; 14 and 26 are small variants for tests and the demo
+    c.model.width = 64  # channels of the stem; the stages have 4, 8, 16, 32 times as many
+    c.model.stem = "plain"  # plain: 7x7; deep: three 3x3 (64, 64, 128) [I]
+    c.model.stride_on = "3x3"  # which convolution of a stage's first block strides: 3x3 or 1x1
+    c.model.output_stride = 32  # 32, 16 or 8 [I]
+    c.model.resize_grid = "corners"  # corners (align_corners=True [C]) or stride [I]
+    c.model.duc_width = 512  # channels of G~, I~, a, b and O [I]
+    c.model.duc_dilation = 2  # of the 3x3 on I_l [I]
+    c.model.guidance_width = 64  # channels of g(I) [I]
+    c.model.guidance_kernel = 3  # of the stride-4 convolution on G_h: 3, or 5 to cover every pixel [I]
+    c.model.guidance_stride = 1  # 1: g(I) at full resolution; 2: on the half-resolution image [I]
+    c.model.commute_coefficients = True  # the I~ half of the 1x1 runs before its upsampling; same numbers
+    c.model.dlc_width = 512  # channels after DLC's first 1x1 [I]
+    c.model.dlc_growth = 128  # channels of each dilated branch [I]
+    c.model.dlc_rates = (3, 6, 12, 18)
+    c.model.dropout = 0.1  # of whole channels, before the classifier [C]
+    c.model.aux_head = False  # FCN head on layer3 [C]
+    c.model.dtype = "float32"  # compute: float32, bfloat16, float64; parameters stay float32
+    c.model.bn_momentum = 0.9  # Flax's sense: running = 0.9 running + 0.1 batch
+    c.model.bn_epsilon = 1e-5
+    c.model.bn_groups = "global"  # statistics over: global (the whole batch) or device
+    c.model.bn_frozen = False  # use and keep the running statistics in training
+    c.model.bn_running_variance = "biased"  # biased (Flax) or unbiased (PyTorch)
+
+    c.init = ml_collections.ConfigDict()
+    c.init.weights = ""  # backbone weights: .npz, .safetensors or .pth; empty = from scratch
+    c.init.source = ""  # what the file cannot say; see duc_dlc_jax/models/pretrained.py
+
+    c.loss = ml_collections.ConfigDict()
+    c.loss.aux_weight = 0.2  # used with model.aux_head [C]
+
+    c.optimizer = ml_collections.ConfigDict()
+    c.optimizer.learning_rate = 1e-3
+    c.optimizer.new_layer_multiplier = 10.0  # learning rate of everything but the backbone [C]
+    c.optimizer.power = 0.9  # poly: (1 - step / steps) ** power
+    c.optimizer.momentum = 0.9
+    c.optimizer.weight_decay = 1e-4  # coupled: added to the gradient before the momentum
+    c.optimizer.clip_norm = 0.0  # global gradient norm; 0 = off
+    c.optimizer.ema_decay = 0.0  # of parameters and BN statistics; 0 = off
+
+    c.train = ml_collections.ConfigDict()
+    c.train.batch_size = 16  # images a step, over all devices
+    c.train.epochs = 120.0
+    c.train.steps = 0  # > 0 replaces epochs
+    c.train.log_every = 50  # steps
+    c.train.eval_every = 0  # steps; 0 = only at the end
+    c.train.checkpoint_every = 500  # steps
+    c.train.keep_latest = 2  # checkpoints
+    c.train.keep_best = 1  # checkpoints, by Final Score
+
+    c.eval = ml_collections.ConfigDict()
+    c.eval.batch_size = 1  # images a device, of one size
+    c.eval.pictures = 4  # images written beside their labels and predictions at each evaluation
+    return c.lock()
+
+
+def fields(config: ml_collections.ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """("train.batch_size", 16) and so on, for every field."""
+    for name, value in config.items():
+        if isinstance(value, ml_collections.ConfigDict):
+            yield from fields(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def check_field_name(path: str) -> None:
+    """Raises ConfigError with the nearest valid name unless `path` ("train.epochs") is a field."""
+    names = [name for name, _ in fields(default())]
+    if path not in names:
+        near = difflib.get_close_matches(path, names, n=1, cutoff=0.0)[0]
+        raise ConfigError(f"unknown configuration field {path}; the nearest one is {near}")
+
+
+def validate(config: ml_collections.ConfigDict) -> None:
+    """Raises ConfigError for unknown fields and for values outside their choices or ranges."""
+    values = dict(fields(config))
+    for name in values:
+        check_field_name(name)
+    for name, allowed in CHOICES.items():
+        if values[name] not in allowed:
+            raise ConfigError(f"{name}={values[name]!r}; allowed: {', '.join(map(repr, allowed))}")
+    positive = ("data.crop_size", "data.base_size", "data.scale_min", "train.batch_size")
+    positive += ("train.log_every", "train.checkpoint_every", "eval.batch_size", "model.width")
+    for name in positive:
+        if not values[name] > 0:
+            raise ConfigError(f"{name}={values[name]}; it must be positive")
+    if values["data.scale_max"] < values["data.scale_min"]:
+        raise ConfigError(
+            f"data.scale_max={values['data.scale_max']} is below "
+            f"data.scale_min={values['data.scale_min']}"
+        )
+    if not (values["train.steps"] > 0 or values["train.epochs"] > 0):
+        raise ConfigError("train.steps and train.epochs are both 0: set one of them")
+
+
+def find(path: str) -> str:
+    """`path`, or the configuration of that name that comes with the package.
+
+    Raises ConfigError, with the names that exist, where there is neither.
+    """
+    package = Path(__file__).parent
+    folders = [package / "configs", package.parent / "configs"]
+    for candidate in [Path(path), *(folder / Path(path).name for folder in folders)]:
+        if candidate.is_file():
+            return str(candidate)
+    names = sorted({f"configs/{p.name}" for folder in folders for p in folder.glob("*.py")})
+    raise ConfigError(f"no configuration file {path}; with the package come {', '.join(names)}")
+
+
+def load(path: str) -> ml_collections.ConfigDict:
+    """The configuration that the file's `get_config` returns, validated."""
+    spec = importlib.util.spec_from_file_location("configuration", find(path))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = module.get_config()
+    validate(config)
+    return config
+
+
+def to_json(config: ml_collections.ConfigDict) -> str:
+    return json.dumps(config.to_dict(), indent=1, sort_keys=True)
+
+
+def from_json(text: str) -> ml_collections.ConfigDict:
+    """What `to_json` wrote; fields that newer versions added have their defaults."""
+    config = default()
+    for name, value in fields(ml_collections.ConfigDict(json.loads(text))):
+        check_field_name(name)
+        section, _, field = name.rpartition(".")
+        target = config[section] if section else config
+        target[field] = tuple(value) if isinstance(target[field], tuple) else value
+    return config

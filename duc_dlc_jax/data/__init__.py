@@ -1,0 +1,1 @@
+"""Data sets: label contracts, preparation, augmentation and the input pipeline."""

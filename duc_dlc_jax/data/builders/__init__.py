@@ -1,0 +1,20 @@
+"""TFDS builders of every data set, with one schema; where a prepared data set lies."""
+
+from __future__ import annotations
+
+import pathlib
+
+VERSION = "1.0.0"  # of the schema; a change of it asks for a new preparation
+SPEC_FILE = "label_spec.json"  # the LabelSpec, beside the records
+SUMMARY_FILE = "summary.json"  # per split: images, labelled or not, pixels per train id
+
+
+def prepared_dir(data_dir: str | pathlib.Path, name: str) -> pathlib.Path:
+    """Returns the folder of a prepared data set, whether or not it exists."""
+    return pathlib.Path(data_dir) / name / VERSION
+
+
+def prepare_command(name: str, data_dir: str | pathlib.Path) -> str:
+    """Returns the shell command that fills `prepared_dir`."""
+    raw = "" if name == "scenes" else " --raw_dir=FOLDER_OF_THE_DOWNLOAD"
+    return f"python -m duc_dlc_jax.data.prepare --dataset={name}{raw} --data_dir={data_dir}"

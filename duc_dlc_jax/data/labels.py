@@ -1,0 +1,157 @@
+"""The label contract of a data set: raw id -> train id -> name, colour and submission id.
+
+One `LabelSpec` drives the builder, the loss, the metric, the pictures and the exported model.
+Class names, palettes and id tables live in `labels.json` beside this file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import json
+import pathlib
+
+import numpy as np
+
+IGNORE = 255  # the train id that neither the loss nor the metric counts
+
+
+class DataError(ValueError):
+    """Data on disk that break their contract; the message names the file and the way out."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LabelSpec:
+    """The classes of one data set; train id k means `classes[k]`.
+
+    Attributes:
+      name: of the data set.
+      classes: names by train id.
+      palette: (red, green, blue) in 0..255 by train id.
+      raw_to_train: every id a mask on disk may hold -> its train id, or `IGNORE`.
+      submission_ids: the id a benchmark server expects, by train id.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    palette: tuple[tuple[int, int, int], ...]
+    raw_to_train: dict[int, int]
+    submission_ids: tuple[int, ...]
+
+    def __post_init__(self):
+        count = len(self.classes)
+        if not len(self.palette) == len(self.submission_ids) == count:
+            raise ValueError(
+                f"{self.name}: {count} classes, {len(self.palette)} palette entries and "
+                f"{len(self.submission_ids)} submission ids; the three must be equal in number"
+            )
+        missing = set(range(count)) - set(self.raw_to_train.values())
+        extra = set(self.raw_to_train.values()) - set(range(count)) - {IGNORE}
+        if missing or extra or count > IGNORE:
+            raise ValueError(
+                f"{self.name}: raw_to_train must reach each train id 0..{count - 1} and otherwise "
+                f"{IGNORE}; not reached: {sorted(missing)}, outside: {sorted(extra)}"
+            )
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.classes)
+
+    def lookup(self) -> np.ndarray:
+        """Returns the table raw id -> train id, uint8 [>= 256]; ids not listed give `IGNORE`."""
+        table = np.full(max(256, max(self.raw_to_train) + 1), IGNORE, np.uint8)
+        for raw, train in self.raw_to_train.items():
+            table[raw] = train
+        return table
+
+    def unknown(self, raw: np.ndarray) -> list[int]:
+        """Returns the values of a raw mask that are outside the contract, ascending."""
+        return sorted({int(v) for v in np.unique(raw)} - set(self.raw_to_train))
+
+    def encode(self, raw: np.ndarray) -> np.ndarray:
+        """Maps raw ids (integer, any shape) to train ids (uint8, same shape).
+
+        Raises:
+          DataError: a value is outside the contract; names it and the allowed ones.
+        """
+        if outside := self.unknown(raw):
+            raise DataError(
+                f"label values {_ranges(outside)} are outside the contract of {self.name}; "
+                f"allowed: {_ranges(self.raw_to_train)}"
+            )
+        return self.lookup()[raw]
+
+    def colourise(self, ids: np.ndarray) -> np.ndarray:
+        """Paints train ids, uint8 [H, W], as RGB uint8 [H, W, 3]; `IGNORE` is black."""
+        table = np.zeros((256, 3), np.uint8)
+        table[: self.num_classes] = self.palette
+        return table[ids]
+
+    def to_json(self) -> str:
+        """Returns the specification as JSON; `from_json` reads it back."""
+        return json.dumps(dataclasses.asdict(self), indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> LabelSpec:
+        """Reads what `to_json` wrote."""
+        fields = json.loads(text)
+        return cls(
+            name=fields["name"],
+            classes=tuple(fields["classes"]),
+            palette=tuple((r, g, b) for r, g, b in fields["palette"]),
+            raw_to_train={int(raw): train for raw, train in fields["raw_to_train"].items()},
+            submission_ids=tuple(fields["submission_ids"]),
+        )
+
+
+def label_spec(name: str) -> LabelSpec:
+    """Returns the specification of a known data set.
+
+    `pascal_context` has 59 classes and ignores the background; `pascal_context_60` counts it.
+
+    Raises:
+      ValueError: unknown name; gives the nearest valid one and the list.
+    """
+    table = _table()
+    valid = sorted([*table, "pascal_context"])
+    if name not in valid:
+        near = difflib.get_close_matches(name, valid, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(f"unknown data set {name!r}: {hint}valid names: {', '.join(valid)}")
+    entry = table["pascal_context_60" if name == "pascal_context" else name]
+    palette = entry.get("palette") or [voc_colour(i) for i in entry["raw_ids"]]
+    first = 1 if name == "pascal_context" else 0  # 59 classes: without the background, raw id 0
+    kept, ignored = entry["raw_ids"][first:], entry["raw_ids"][:first] + entry["ignored_raw_ids"]
+    return LabelSpec(
+        name=name,
+        classes=tuple(entry["classes"][first:]),
+        palette=tuple((r, g, b) for r, g, b in palette[first:]),
+        raw_to_train={raw: k for k, raw in enumerate(kept)} | dict.fromkeys(ignored, IGNORE),
+        submission_ids=tuple(entry["submission_ids"][first:]),
+    )
+
+
+def voc_colour(index: int) -> tuple[int, int, int]:
+    """Returns PASCAL VOC's (red, green, blue) of a class index: its bits, dealt to three bytes."""
+    colour = [0, 0, 0]
+    for bit in range(8):
+        for channel in range(3):
+            colour[channel] |= ((index >> (3 * bit + channel)) & 1) << (7 - bit)
+    return colour[0], colour[1], colour[2]
+
+
+@functools.cache
+def _table() -> dict:
+    return json.loads((pathlib.Path(__file__).parent / "labels.json").read_text())
+
+
+def _ranges(values) -> str:
+    """Writes sorted integers briefly: 0..5, 7, 9..11."""
+    parts, values = [], sorted(values)
+    for i, value in enumerate(values):
+        if i and value == values[i - 1] + 1:
+            parts[-1][1] = value
+        else:
+            parts.append([value, value])
+    return ", ".join(f"{low}" if low == high else f"{low}..{high}" for low, high in parts)

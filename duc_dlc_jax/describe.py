@@ -1,0 +1,131 @@
+"""`python -m duc_dlc_jax.describe --config=configs/X.py [--json]`: the network in numbers.
+
+Everything is computed from shapes; nothing is compiled and no data set is needed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import ml_collections
+from absl import flags
+from ml_collections import config_flags
+
+from duc_dlc_jax import cli
+from duc_dlc_jax import config as config_lib
+from duc_dlc_jax import optimizer as optimizers
+from duc_dlc_jax.data.labels import label_spec
+from duc_dlc_jax.models import segmenter
+from duc_dlc_jax.models.layers import Conv
+from duc_dlc_jax.train_step import create_state
+
+
+def parameters(model: segmenter.Segmenter) -> dict[str, int]:
+    """Number of parameters per part: backbone, duc, dlc, classifier (and aux_*)."""
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 64, 64, 3), jnp.uint8))
+    return {
+        part: sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
+        for part, tree in shapes["params"].items()
+    }
+
+
+def macs(model: segmenter.Segmenter, height: int, width: int) -> dict[str, int]:
+    """Multiply-adds of the convolutions per part for one image of height x width, in inference.
+
+    Resizes are not counted (x2 for FLOPs).
+    """
+    counts: dict[str, int] = defaultdict(int)
+
+    def count(call, args, kwargs, context):
+        output = call(*args, **kwargs)
+        if isinstance(context.module, Conv) and context.method_name == "__call__":
+            fan_in = context.module.kernel**2 * args[0].shape[-1]
+            part = context.module.path[0]
+            counts[part] += math.prod(output.shape) * fan_in
+        return output
+
+    image = jax.ShapeDtypeStruct((1, height, width, 3), jnp.uint8)
+    variables = jax.eval_shape(
+        model.init, jax.random.key(0), jnp.zeros((1, 64, 64, 3), jnp.uint8)
+    )
+    with nn.intercept_methods(count):
+        jax.eval_shape(model.apply, variables, image)
+    return dict(counts)
+
+
+def receptive_field(rates) -> list[int]:
+    """Receptive field after each rate of the DLC cascade, in cells (eq. 4 and 5 for 3x3 kernels)."""
+    field, fields = 1, []
+    for rate in rates:
+        field += (rate - 1) * 2 + 3 - 1
+        fields.append(field)
+    return fields
+
+
+def grids(height: int, width: int, output_stride: int) -> dict[str, tuple[int, int]]:
+    """Cells of each grid for an image of height x width: ceil(size / stride)."""
+    strides = {"image": 1, "layer1 (1/4)": 4, "layer2, DUC, DLC (1/8)": 8}
+    strides[f"layer4 (1/{output_stride})"] = output_stride
+    return {name: (-(-height // s), -(-width // s)) for name, s in strides.items()}
+
+
+def state_bytes(config: ml_collections.ConfigDict, model: segmenter.Segmenter) -> int:
+    """Bytes of the train state: parameters, momentum, statistics and, if kept, their average."""
+    optimizer = optimizers.create(config.optimizer, 1)
+    image = jnp.zeros((1, 64, 64, 3), jnp.uint8)
+
+    def state():
+        return create_state(model, optimizer, config, model.init(jax.random.key(0), image))
+
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(state)))
+
+
+def describe(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """All figures of this module for `config`, at its crop size and its data set's classes."""
+    config_lib.validate(config)
+    spec, size = label_spec(config.data.name), config.data.crop_size
+    model = segmenter.create(config.model, spec.num_classes)
+    return {
+        "data set": spec.name,
+        "classes": spec.num_classes,
+        "parameters": parameters(model),
+        "image": [size, size],
+        "macs": macs(model, size, size),
+        "grids": grids(size, size, config.model.output_stride),
+        "receptive_field_dlc": receptive_field(config.model.dlc_rates),
+        "train_state_bytes": state_bytes(config, model),
+    }
+
+
+def text(d: dict[str, Any]) -> str:
+    """The figures as aligned lines."""
+    size = "x".join(map(str, d["image"]))
+    rows = [f"{d['data set']}, {d['classes']} classes; multiply-adds for one {size} image"]
+    rows.append(f"{'part':<16}{'parameters':>14}{'GMACs':>10}")
+    for part, count in d["parameters"].items():
+        rows.append(f"{part:<16}{count:>14,}{d['macs'].get(part, 0) / 1e9:>10.2f}")
+    total = sum(d["macs"].values()) / 1e9
+    rows.append(f"{'total':<16}{sum(d['parameters'].values()):>14,}{total:>10.2f}")
+    rows += [f"grid of {name}: {h} x {w}" for name, (h, w) in d["grids"].items()]
+    fields = " -> ".join(map(str, d["receptive_field_dlc"]))
+    rows.append(f"receptive field of DLC's cascade: {fields} cells of 1/8")
+    rows.append(f"train state: {d['train_state_bytes'] / 2**20:.0f} MiB")
+    return "\n".join(rows)
+
+
+def main(_) -> None:
+    figures = describe(flags.FLAGS.config)
+    print(json.dumps(figures, indent=1) if flags.FLAGS.json else text(figures))
+
+
+if __name__ == "__main__":
+    config_flags.DEFINE_config_file("config", None, "Configuration, see configs/.")
+    flags.DEFINE_bool("json", False, "Print JSON.")
+    flags.mark_flags_as_required(["config"])
+    cli.run(main)

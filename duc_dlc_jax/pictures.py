@@ -1,0 +1,49 @@
+"""Pictures of labels and predictions: id PNG with the palette kept, colour mask, overlay."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from duc_dlc_jax.data.labels import LabelSpec
+
+
+def overlay(image: np.ndarray, ids: np.ndarray, spec: LabelSpec, opacity: float = 0.5) -> np.ndarray:
+    """image uint8 RGB [H, W, 3] and train ids [H, W] -> the image tinted by class, uint8 RGB."""
+    mixed = (1 - opacity) * image + opacity * spec.colourise(ids)
+    return np.round(mixed).astype(np.uint8)
+
+
+def triple(example: dict[str, Any], spec: LabelSpec) -> np.ndarray:
+    """{image, label, prediction} -> the three side by side, uint8 RGB [H, 3 W, 3].
+
+    Ignored pixels of the label are black in the prediction as well.
+    """
+    label = example["label"]
+    shown = np.where(label == 255, 255, example["prediction"]).astype(np.uint8)
+    return np.concatenate(
+        [example["image"], spec.colourise(label), spec.colourise(shown)], axis=1
+    )
+
+
+def write_triples(folder: Path, examples: Sequence[dict[str, Any]], spec: LabelSpec) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for example in examples:
+        path = folder / f"{file_name(example['name'])}.png"
+        Image.fromarray(triple(example, spec)).save(path)
+
+
+def write_ids(path: Path, ids: np.ndarray, spec: LabelSpec) -> None:
+    """Train ids uint8 [H, W] as a palette PNG: the pixel values are the ids, viewers show colours."""
+    image = Image.fromarray(ids)
+    image.putpalette(np.asarray(spec.palette, np.uint8).tobytes())
+    image.save(path)
+
+
+def file_name(name: str) -> str:
+    """A record's name as one file name: folders become underscores."""
+    return name.replace("/", "_").replace("\\", "_")

@@ -1,0 +1,98 @@
+"""The train state and one pure training step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import ml_collections
+import optax
+
+from duc_dlc_jax.data.labels import IGNORE
+from duc_dlc_jax.losses import cross_entropy
+from duc_dlc_jax.models.segmenter import Segmenter
+
+Batch = dict[str, jax.Array]
+
+
+@flax.struct.dataclass
+class TrainState:
+    """Everything that a step changes; `ema` is {} or averaged {params, batch_stats}."""
+
+    step: jax.Array  # int32 scalar: updates done
+    params: Any
+    batch_stats: Any
+    opt_state: Any
+    ema: Any
+
+    def variables(self) -> dict[str, Any]:
+        """What to evaluate: the averaged network if there is one, statistics included."""
+        return self.ema or {"params": self.params, "batch_stats": self.batch_stats}
+
+
+def create_state(
+    model: Segmenter,
+    optimizer: optax.GradientTransformation,
+    config: ml_collections.ConfigDict,
+    variables: dict[str, Any] | None = None,
+) -> TrainState:
+    """State at step 0: from `variables` {params, batch_stats} or drawn from config.seed."""
+    if variables is None:
+        variables = init_variables(model, config.seed)
+    params, batch_stats = variables["params"], variables["batch_stats"]
+    ema = {"params": params, "batch_stats": batch_stats} if config.optimizer.ema_decay else {}
+    ema = jax.tree.map(jnp.copy, ema)  # the state is donated: no buffer may appear twice
+    step = jnp.zeros((), jnp.int32)
+    return TrainState(step, params, batch_stats, optimizer.init(params), ema)
+
+
+def init_variables(model: Segmenter, seed: int) -> dict[str, Any]:
+    """Random {params, batch_stats}, compiled as one program."""
+    image = jnp.zeros((1, 64, 64, 3), jnp.uint8)
+    variables = jax.jit(model.init)(jax.random.key(seed), image)
+    return {"params": variables["params"], "batch_stats": variables["batch_stats"]}
+
+
+def make_train_step(
+    model: Segmenter, optimizer: optax.GradientTransformation, config: ml_collections.ConfigDict
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+    """(state, {image uint8 [B, H, W, 3], label uint8 [B, H, W]}) -> (state, metrics), to be jitted.
+
+    Loss and gradients are those of the mean over all valid pixels of the global batch (PyTorch's
+    data parallel averages the devices' means instead). Metrics are float32 scalars: loss,
+    grad_norm, PA (of the training batch).
+    """
+
+    def loss_fn(params, batch_stats, batch, key):
+        logits, updated = model.apply(
+            {"params": params, "batch_stats": batch_stats},
+            batch["image"],
+            train=True,
+            rngs={"dropout": key},
+            mutable=["batch_stats", "intermediates"],
+        )
+        loss = cross_entropy(logits, batch["label"])
+        for aux_logits in updated.get("intermediates", {}).get("aux_logits", ()):
+            loss += config.loss.aux_weight * cross_entropy(aux_logits, batch["label"])
+        valid = batch["label"] != IGNORE
+        hits = ((logits.argmax(-1) == batch["label"]) & valid).sum()
+        return loss, (updated["batch_stats"], hits / jnp.maximum(valid.sum(), 1))
+
+    def train_step(state: TrainState, batch: Batch):
+        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+        (loss, (batch_stats, accuracy)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
+            state.params, state.batch_stats, batch, key
+        )
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema = state.ema
+        if config.optimizer.ema_decay:
+            new = {"params": params, "batch_stats": batch_stats}
+            ema = optax.incremental_update(new, ema, 1 - config.optimizer.ema_decay)
+        metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads), "PA": accuracy}
+        return TrainState(state.step + 1, params, batch_stats, opt_state, ema), metrics
+
+    return train_step

@@ -1,0 +1,76 @@
+"""What a run leaves in its workdir, and how to take the trained network out of it.
+
+config.json       the full configuration          labels.json   the label specification
+checkpoints/STEP  Orbax checkpoints               metrics.jsonl every scalar, a line per write
+parameters.txt    parameters by name and shape    pictures/     image | label | prediction
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_collections
+
+from duc_dlc_jax import checkpoints, sharding
+from duc_dlc_jax import config as config_lib
+from duc_dlc_jax.data.labels import LabelSpec
+from duc_dlc_jax.models import segmenter
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A trained network: `model.apply(variables, images)` gives logits, `spec` names the classes."""
+
+    config: ml_collections.ConfigDict
+    spec: LabelSpec
+    model: segmenter.Segmenter
+    variables: dict[str, Any]  # {params, batch_stats}, on every device
+    step: int
+
+
+def write(workdir: Path, config: ml_collections.ConfigDict, spec: LabelSpec) -> None:
+    workdir.mkdir(parents=True, exist_ok=True)
+    (workdir / "config.json").write_text(config_lib.to_json(config) + "\n")
+    (workdir / "labels.json").write_text(spec.to_json() + "\n")
+
+
+def changed_fields(workdir: Path, config: ml_collections.ConfigDict) -> dict[str, tuple]:
+    """Fields whose value differs from the one the workdir was last trained with: (old, new)."""
+    path = workdir / "config.json"
+    if not path.exists():
+        return {}
+    old = dict(config_lib.fields(config_lib.from_json(path.read_text())))
+    new = dict(config_lib.fields(config))
+    return {name: (old[name], new[name]) for name in new if old[name] != new[name]}
+
+
+def load(workdir: str | Path, checkpoint: str = "best") -> Run:
+    """The network of a workdir at checkpoint "best" (Final Score), "latest" or a step ("1000").
+
+    Raises FileNotFoundError for a folder that is no workdir and for a checkpoint that is not there.
+    """
+    workdir = Path(workdir)
+    for name in ("config.json", "labels.json", "checkpoints"):
+        if not (workdir / name).exists():
+            raise FileNotFoundError(
+                f"{workdir} is not the workdir of a run: {workdir / name} is missing"
+            )
+    config = config_lib.from_json((workdir / "config.json").read_text())
+    spec = LabelSpec.from_json((workdir / "labels.json").read_text())
+    saved = checkpoints.Checkpoints(workdir, config.train.keep_latest, config.train.keep_best)
+    try:
+        named = {"best": saved.best_step, "latest": saved.latest_step}
+        if checkpoint not in named and not checkpoint.isdigit():
+            raise config_lib.ConfigError(f"checkpoint {checkpoint!r}; allowed: best, latest, a step")
+        step = named[checkpoint]() if checkpoint in named else int(checkpoint)
+        if step is None:
+            raise FileNotFoundError(f"{saved.directory} holds no checkpoint yet")
+        everywhere = sharding.replicated(sharding.data_mesh(jax.devices()))
+        variables = saved.restore_variables(step, everywhere)
+    finally:
+        saved.close()
+    model = segmenter.create(config.model, spec.num_classes)
+    return Run(config, spec, model, variables, step)

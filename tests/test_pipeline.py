@@ -1,0 +1,218 @@
+"""Batches are a function of (seed, step): processes, workers and resumption change nothing."""
+
+import pickle
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+
+from duc_dlc_jax import config as configuration
+from duc_dlc_jax.data import pipeline
+
+COUNT = 40  # records of the val split of the scenes
+
+
+def config(folder, **changes):
+    data: Any = configuration.default().data
+    data.update({"name": "scenes", "dir": str(folder), "base_size": 48, "crop_size": 32})
+    data.update(changes)
+    return data
+
+
+@pytest.fixture(scope="module")
+def records(scenes_dir):
+    return pipeline.open_records(config(scenes_dir, in_memory=True), "val")
+
+
+def iterator(records, steps=3, batch=6, seed=0, **options):
+    changes = {k: options.pop(k) for k in ("workers", "threads") if k in options}
+    return pipeline.train_iterator(
+        config(records.folder.parent.parent, **changes),
+        records,
+        seed=seed,
+        batch_size=batch,
+        steps=steps,
+        **options,
+    )
+
+
+def assert_equal(found, expected):
+    assert len(found) == len(expected) > 0
+    for a, b in zip(found, expected, strict=True):
+        assert a.keys() == b.keys()
+        for key in a:
+            np.testing.assert_array_equal(a[key], b[key])
+
+
+def test_shapes_and_dtypes(records):
+    batches = list(iterator(records))
+    assert len(batches) == 3
+    shapes = {k: (v.shape, v.dtype.name) for k, v in batches[0].items()}
+    assert shapes == {
+        "image": ((6, 32, 32, 3), "uint8"),
+        "label": ((6, 32, 32), "uint8"),
+        "record": ((6,), "int32"),
+    }
+
+
+def test_each_record_once_per_epoch_across_borders(records):
+    order = np.concatenate([b["record"] for b in iterator(records, steps=20)])
+    assert len(order) == 3 * COUNT  # 40 does not divide by 6: batches run across the border
+    epochs = order.reshape(3, COUNT)
+    for epoch in epochs:
+        assert sorted(epoch) == list(range(COUNT))
+    assert (epochs[0] != epochs[1]).any()
+    assert (epochs[0] != np.arange(COUNT)).any()
+
+
+def test_a_record_is_augmented_anew_in_each_epoch(records):
+    rows = [
+        (record, image)
+        for batch in iterator(records, steps=20)
+        for record, image in zip(batch["record"], batch["image"], strict=True)
+    ]
+    seen = [image for record, image in rows if record == 0]
+    assert len(seen) == 3
+    assert (seen[0] != seen[1]).any()
+    assert (seen[1] != seen[2]).any()
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_processes_together_see_the_batches_of_one(records, processes):
+    alone = list(iterator(records, steps=8))
+    parts = [
+        list(iterator(records, steps=8, process_index=p, process_count=processes))
+        for p in range(processes)
+    ]
+    joined = [
+        {k: np.concatenate([part[k] for part in step]) for k in step[0]}
+        for step in zip(*parts, strict=True)
+    ]
+    assert_equal(joined, alone)
+
+
+def test_threads_change_nothing_and_seeds_change_everything(records):
+    one = list(iterator(records, threads=1))
+    assert_equal(list(iterator(records, threads=4)), one)
+    other = list(iterator(records, seed=1))
+    assert (one[0]["record"] != other[0]["record"]).any()
+
+
+def test_state_resumes_at_the_next_batch(records):
+    expected = list(iterator(records, steps=9))
+    first = iterator(records, steps=9)
+    for _ in range(4):
+        next(first)
+    second = iterator(records, steps=9)
+    next(second)  # elsewhere
+    second.set_state(first.get_state())
+    assert_equal(list(second), expected[4:])
+    assert_equal(list(iterator(records, steps=9, start_step=4)), expected[4:])
+
+
+def test_grain_checkpoints_save_and_restore_it(records, tmp_path):
+    import grain
+    import orbax.checkpoint as ocp
+
+    expected = list(iterator(records, steps=6))
+    saved = iterator(records, steps=6)
+    next(saved)
+    next(saved)
+    with ocp.CheckpointManager(tmp_path) as manager:
+        manager.save(2, args=ocp.args.Composite(data=grain.checkpoint.CheckpointSave(saved)))
+        manager.wait_until_finished()
+        fresh = iterator(records, steps=6)
+        arguments = ocp.args.Composite(data=grain.checkpoint.CheckpointRestore(fresh))
+        restored = manager.restore(2, args=arguments)["data"]
+    assert_equal(list(restored), expected[2:])
+
+
+def test_worker_processes_change_nothing(scenes_dir):
+    program = f"""
+from typing import Any
+
+import numpy as np
+from duc_dlc_jax import config
+from duc_dlc_jax.data import pipeline
+
+if __name__ == "__main__":
+    data = config.default().data
+    data.update({{"name": "scenes", "dir": {str(scenes_dir)!r}, "base_size": 48, "crop_size": 32}})
+    records = pipeline.open_records(data, "val")
+    options = dict(seed=0, batch_size=6, steps=7)
+    alone = list(pipeline.train_iterator(data, records, **options))
+    data.workers = 2
+    iterator = pipeline.train_iterator(data, records, **options)
+    for expected in alone:
+        found = next(iterator)
+        for key in expected:
+            np.testing.assert_array_equal(found[key], expected[key])
+    iterator.close()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_records_pickle_without_their_files_and_cache(records):
+    records[0]
+    twin = pickle.loads(pickle.dumps(records))
+    assert len(pickle.dumps(records)) < 5000
+    assert not twin._cache
+    np.testing.assert_array_equal(twin[3]["image"], records[3]["image"])
+    assert twin.spec == records.spec
+
+
+def test_memory_keeps_the_decoded_arrays(scenes_dir, records):
+    assert records[5]["image"] is records[5]["image"]
+    plain = pipeline.open_records(config(scenes_dir), "val")
+    assert plain[5]["image"] is not plain[5]["image"]
+
+
+def test_evaluation_sees_every_record_once_over_processes(records):
+    names = [
+        [e["name"] for e in pipeline.eval_examples(records, process_index=p, process_count=3)]
+        for p in range(3)
+    ]
+    assert [len(n) for n in names] == [14, 13, 13]
+    assert names[1][:2] == ["val_0001", "val_0004"]
+    assert sorted(n for part in names for n in part) == [f"val_{i:04d}" for i in range(COUNT)]
+    assert list(pipeline.eval_examples(records, process_index=50, process_count=60)) == []
+
+
+def test_a_failing_record_is_named(records, monkeypatch):
+    real = records._raw()
+
+    class Broken:
+        def __getitem__(self, index):
+            return real[index] | ({"image": b"broken"} if index == 7 else {})
+
+    broken = pipeline.Records(records.folder, "val")
+    monkeypatch.setattr(broken, "_source", Broken())
+    with pytest.raises(RuntimeError, match=r"record 7 of .*scenes.*val: val_0007: 6 bytes"):
+        list(iterator(broken, steps=7))
+    with pytest.raises(RuntimeError, match="record 7 of"):
+        list(pipeline.eval_examples(broken))
+
+
+def test_a_batch_that_does_not_divide_shows_the_arithmetic(records):
+    with pytest.raises(ValueError, match=r"7 is not divisible by 2 processes: 7 = 2 x 3 \+ 1"):
+        iterator(records, batch=7, process_count=2)
+
+
+def test_unprepared_data_name_the_folder_and_the_command(tmp_path):
+    expected = r"'camvid' in .*camvid.1\.0\.0\. Prepare them: python -m duc_dlc_jax.data.prepare"
+    with pytest.raises(FileNotFoundError, match=expected + r" --dataset=camvid --raw_dir=\w+"):
+        pipeline.open_records(config(tmp_path, name="camvid"), "train")
+
+
+def test_unknown_and_unlabelled_splits_are_refused(scenes_dir, records):
+    with pytest.raises(ValueError, match=r"no split 'test' in .*; it has: train, val"):
+        pipeline.open_records(config(scenes_dir), "test")
+    bare = pipeline.Records(records.folder, "val")
+    bare.labelled = False
+    with pytest.raises(ValueError, match="40 images without labels: it cannot train"):
+        iterator(bare)

@@ -1,0 +1,175 @@
+"""The repository itself: what it declares, documents, packs and must not contain."""
+
+from __future__ import annotations
+
+import ast
+import pathlib
+import re
+import subprocess
+import sys
+import tomllib
+
+import pytest
+
+import duc_dlc_jax
+
+ROOT = pathlib.Path(__file__).parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+EXTRAS = PROJECT["project"]["optional-dependencies"]
+REQUIRED = PROJECT["project"]["dependencies"]
+
+# Spelled in pieces, so that this file does not contain what it forbids.
+REGISTRIES = [".".join(parts) for parts in (
+    ("pypi", "org"), ("pythonhosted", "org"), ("download", "pytorch", "org"), ("npmjs", "org"),
+    ("npmjs", "com"), ("anaconda", "org"), ("conda", "io"), ("docker", "io"), ("ghcr", "io"),
+)]  # fmt: skip
+MACHINE_PATHS = re.compile(r"(?<![\w.$}*-])/(?:work|root|opt|home|Users)/")
+IMPORT_NAMES = {
+    "PIL": "pillow",
+    "absl": "absl-py",
+    "cv2": "opencv-python-headless",
+    "orbax": "orbax-checkpoint",
+}
+
+
+def canonical(requirement: str) -> str:
+    """`Ml_Collections>=1.0; marker` -> `ml-collections`."""
+    return re.match(r"[\w.-]+", requirement).group().lower().replace("_", "-")
+
+
+def tracked_files() -> list[pathlib.Path]:
+    """Files that git has or would take: neither ignored nor deleted."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, check=True, text=True).stdout
+    return [ROOT / name for name in listed.split("\0") if name and (ROOT / name).is_file()]
+
+
+def tracked_texts():
+    for path in tracked_files():
+        try:
+            yield path.relative_to(ROOT), path.read_text("utf-8")
+        except UnicodeDecodeError:
+            continue  # a picture
+
+
+def test_extras_exist():
+    assert sorted(EXTRAS) == ["cuda", "dev", "export", "torch", "tpu"]
+
+
+def test_python_range_is_that_of_the_workflow():
+    assert PROJECT["project"]["requires-python"] == ">=3.11,<3.14"
+    workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text()
+    assert re.search(r"python: \[(.*?)\]", workflow).group(1) == '"3.11", "3.12", "3.13"'
+
+
+def test_every_dependency_has_a_reason_in_contributing():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    reasons = re.findall(r"^\| ([\w-]+) \| \S[^|]* \|$", text, re.MULTILINE)
+    missing = {canonical(d) for d in REQUIRED} - {canonical(name) for name in reasons}
+    assert not missing, f"no line in CONTRIBUTING.md's table of dependencies: {missing}"
+    rows = set(re.findall(r"^\| (\w+) \| ([\w-]+)(?:\[\w+\])? \| \S.* \|$", text, re.MULTILINE))
+    declared = {(extra, canonical(d)) for extra, listed in EXTRAS.items() for d in listed}
+    assert declared == {row for row in rows if row[0] in EXTRAS}
+
+
+def test_every_import_is_declared():
+    declared = {canonical(d) for d in REQUIRED}
+    for path in sorted((ROOT / "duc_dlc_jax").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                modules = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                modules = [node.module]
+            else:
+                continue
+            for top in {module.partition(".")[0] for module in modules}:
+                if top in sys.stdlib_module_names or top == "duc_dlc_jax":
+                    continue
+                name = IMPORT_NAMES.get(top, canonical(top))
+                where = f"{path}:{node.lineno}"
+                assert name in declared, f"{where} imports {top}, an undeclared package"
+
+
+def test_every_dependency_is_constrained_on_every_python():
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins: dict[str, list[str]] = {}
+    for line in lines:
+        if line and not line.startswith("#"):
+            match = re.fullmatch(r"([\w.-]+)==([\w.]+)(?:; (python_version .*))?", line)
+            assert match, f"constraints.txt: {line!r} is not NAME==VERSION[; python_version ...]"
+            pins.setdefault(canonical(match[1]), []).append(match[3] or "every")
+    both = ['python_version == "3.11"', 'python_version >= "3.12"']
+    for name, markers in pins.items():
+        assert sorted(markers) in (["every"], both), f"constraints.txt: {name} has {markers}"
+    everything = [*REQUIRED, *(d for listed in EXTRAS.values() for d in listed)]
+    elsewhere = {"tensorflow"}  # where tensorflow-cpu has no build; not covered here
+    assert {canonical(d) for d in everything} - elsewhere <= set(pins)
+
+
+def test_configs_are_in_the_wheel():
+    include = PROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]["force-include"]
+    assert include == {"configs": "duc_dlc_jax/configs"}
+    assert (ROOT / "configs" / "demo.py").is_file()
+
+
+def test_git_ignores_no_file_of_the_package():
+    # hatchling leaves ignored files out of the wheel
+    assert ROOT / "duc_dlc_jax" / "data" / "labels.json" in tracked_files()
+
+
+def test_version():
+    assert PROJECT["tool"]["hatch"]["version"]["path"] == "duc_dlc_jax/__init__.py"
+    assert re.fullmatch(r"\d+\.\d+\.\d+", duc_dlc_jax.__version__)
+    assert f"\nversion: {duc_dlc_jax.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+
+
+def test_importing_the_package_imports_nothing_heavy():
+    code = "import sys, duc_dlc_jax; print({'jax', 'numpy', 'tensorflow'} & set(sys.modules))"
+    command = [sys.executable, "-c", code]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "set()\n"
+
+
+def test_no_registry_hosts():
+    found = [
+        f"{path}: {host}" for path, text in tracked_texts() for host in REGISTRIES if host in text
+    ]
+    assert not found
+
+
+def test_no_machine_paths():
+    found = [
+        f"{path}:{number}: {line.strip()}"
+        for path, text in tracked_texts()
+        for number, line in enumerate(text.splitlines(), 1)
+        if MACHINE_PATHS.search(line) and path.name != pathlib.Path(__file__).name
+    ]
+    assert not found, "\n".join(found)
+
+
+def test_markdown_links_lead_somewhere():
+    for path in ("README.md", "CONTRIBUTING.md"):
+        for target in re.findall(r"\]\(([^)#:]+)\)", (ROOT / path).read_text()):
+            assert (ROOT / target).exists(), f"{path} links to {target}, which does not exist"
+
+
+def test_make_targets_of_the_documents_exist():
+    makefile = (ROOT / "Makefile").read_text()
+    targets = set(re.findall(r"^([a-z][a-z-]*):", makefile, re.MULTILINE))
+    assert {"install", "demo", "test", "test-all", "lint", "bench", "help"} <= targets
+    documents = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / ".ci" / "run"]
+    documents.append(ROOT / ".github" / "workflows" / "ci.yml")
+    for path in documents:
+        for line in re.findall(r"\bmake ((?:[a-z][a-z-]* ?)+)", path.read_text()):
+            named = {word for word in line.split() if word in targets or "-" in word}
+            assert named <= targets, f"{path.name}: make {line}; targets: {sorted(targets)}"
+
+
+def test_every_marker_has_a_target_and_is_out_of_the_fast_suite():
+    makefile = (ROOT / "Makefile").read_text()
+    fast = re.search(r"^test:.*\n\t(.*)$", makefile, re.MULTILINE).group(1)
+    for line in PROJECT["tool"]["pytest"]["ini_options"]["markers"]:
+        marker = line.partition(":")[0]
+        assert f"not {marker}" in fast
+        assert re.search(rf"-m {marker}$", makefile, re.MULTILINE), f"no target runs -m {marker}"
