@@ -80,7 +80,7 @@ class Checkpoints:
         )
 
     def restore(self, step: int, like: TrainState) -> tuple[TrainState, int]:
-        """The state saved at `step`, placed as `like` (a tree of ShapeDtypeStruct), and the position.
+        """The state saved at `step`, placed as `like` (ShapeDtypeStructs), and the position.
 
         Raises FileNotFoundError for a step that is not there and ValueError for another structure.
         """
@@ -111,27 +111,29 @@ class Checkpoints:
         """Nested {name: array metadata} of the state saved at `step`."""
         if step not in self._manager.all_steps():
             have = ", ".join(map(str, self._manager.all_steps())) or "none"
-            raise FileNotFoundError(f"no checkpoint of step {step} in {self.directory}; there: {have}")
+            raise FileNotFoundError(
+                f"no checkpoint of step {step} in {self.directory}; there: {have}"
+            )
         return self._manager.item_metadata(step)["state"]
 
     def _check(self, step: int, like: TrainState) -> None:
+        def name(key) -> str:
+            return str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key))))
+
         def shapes(tree):
             leaves = jax.tree_util.tree_leaves_with_path(tree)
-            return {
-                "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in p): (
-                    tuple(x.shape)
-                )
-                for p, x in leaves
-            }
+            return {"/".join(map(name, path)): tuple(x.shape) for path, x in leaves}
 
         saved, wanted = shapes(self._metadata(step)), shapes(like)
-        for path in sorted(saved.keys() | wanted.keys()):
-            if saved.get(path) != wanted.get(path):
-                raise ValueError(
-                    f"checkpoint {self.directory}/{step} does not fit the configuration: {path} is "
-                    f"{saved.get(path, 'absent')} in the checkpoint and "
-                    f"{wanted.get(path, 'absent')} in the network"
-                )
+        different = [k for k in saved | wanted if saved.get(k) != wanted.get(k)]
+        if different:
+            path = min(different, key=lambda k: (not k.startswith("params"), k))
+            raise ValueError(
+                f"checkpoint {self.directory}/{step} does not fit the configuration: {path} is "
+                f"{saved.get(path, 'absent')} in the checkpoint and {wanted.get(path, 'absent')} "
+                f"in the network; {len(different)} arrays differ. Use another workdir, or the "
+                f"configuration in {self.directory.parent}/config.json"
+            )
 
     def wait(self) -> None:
         """Blocks until every save is on disk; raises what a save raised."""

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import jax
 from absl import app, flags, logging
@@ -31,7 +32,7 @@ def run(main: Callable) -> None:
     app.run(guarded, flags_parser=_parse)
 
 
-def fail(error: Exception) -> None:
+def fail(error: Exception) -> NoReturn:
     print(f"error: {error}", file=sys.stderr)
     sys.exit(2)
 
@@ -57,6 +58,6 @@ def _parse(argv: list[str]) -> list[str]:
 
 
 def use_compilation_cache(workdir: Path) -> None:
-    """Keeps compiled programs in `workdir/compiled`, unless JAX_COMPILATION_CACHE_DIR says where."""
+    """Keeps compiled programs in `workdir/compiled`, or where JAX_COMPILATION_CACHE_DIR says."""
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         jax.config.update("jax_compilation_cache_dir", str(workdir.absolute() / "compiled"))

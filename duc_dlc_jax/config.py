@@ -7,8 +7,8 @@ Fields marked [I] are inferences about the paper rather than its own words (see 
 from __future__ import annotations
 
 import difflib
-import importlib.util
 import json
+import runpy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -67,9 +67,9 @@ def default() -> ml_collections.ConfigDict:
     c.model.duc_width = 512  # channels of G~, I~, a, b and O [I]
     c.model.duc_dilation = 2  # of the 3x3 on I_l [I]
     c.model.guidance_width = 64  # channels of g(I) [I]
-    c.model.guidance_kernel = 3  # of the stride-4 convolution on G_h: 3, or 5 to cover every pixel [I]
+    c.model.guidance_kernel = 3  # stride-4 convolution on G_h: 3; 5 covers every pixel [I]
     c.model.guidance_stride = 1  # 1: g(I) at full resolution; 2: on the half-resolution image [I]
-    c.model.commute_coefficients = True  # the I~ half of the 1x1 runs before its upsampling; same numbers
+    c.model.commute_coefficients = True  # I~ half of the 1x1 before upsampling; same result
     c.model.dlc_width = 512  # channels after DLC's first 1x1 [I]
     c.model.dlc_growth = 128  # channels of each dilated branch [I]
     c.model.dlc_rates = (3, 6, 12, 18)
@@ -169,10 +169,7 @@ def find(path: str) -> str:
 
 def load(path: str) -> ml_collections.ConfigDict:
     """The configuration that the file's `get_config` returns, validated."""
-    spec = importlib.util.spec_from_file_location("configuration", find(path))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    config = module.get_config()
+    config = runpy.run_path(find(path))["get_config"]()
     validate(config)
     return config
 

@@ -51,16 +51,14 @@ def macs(model: segmenter.Segmenter, height: int, width: int) -> dict[str, int]:
         return output
 
     image = jax.ShapeDtypeStruct((1, height, width, 3), jnp.uint8)
-    variables = jax.eval_shape(
-        model.init, jax.random.key(0), jnp.zeros((1, 64, 64, 3), jnp.uint8)
-    )
+    variables = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 64, 64, 3), jnp.uint8))
     with nn.intercept_methods(count):
         jax.eval_shape(model.apply, variables, image)
     return dict(counts)
 
 
 def receptive_field(rates) -> list[int]:
-    """Receptive field after each rate of the DLC cascade, in cells (eq. 4 and 5 for 3x3 kernels)."""
+    """Receptive field after each rate of the DLC cascade, in cells (eq. 4 and 5, 3x3 kernels)."""
     field, fields = 1, []
     for rate in rates:
         field += (rate - 1) * 2 + 3 - 1
@@ -81,7 +79,7 @@ def state_bytes(config: ml_collections.ConfigDict, model: segmenter.Segmenter) -
     image = jnp.zeros((1, 64, 64, 3), jnp.uint8)
 
     def state():
-        return create_state(model, optimizer, config, model.init(jax.random.key(0), image))
+        return create_state(model, optimizer, config, dict(model.init(jax.random.key(0), image)))
 
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(state)))
 

@@ -19,6 +19,7 @@ from duc_dlc_jax.data import pipeline
 from duc_dlc_jax.data.labels import IGNORE, LabelSpec
 from duc_dlc_jax.models.segmenter import Segmenter
 
+HEADLINE = ("PA", "mPA", "mIoU", "final_score")
 PROTOCOL = "single scale, whole image at its own size, logits resized to the label"
 
 
@@ -37,7 +38,8 @@ class Evaluator:
         everywhere, split = sharding.replicated(self._mesh), sharding.batched(self._mesh)
 
         def step(variables, images, labels):
-            predictions = model.apply(variables, images).argmax(-1)
+            logits: Any = model.apply(variables, images)
+            predictions = logits.argmax(-1)
             matrix = metrics.confusion_matrix(labels, predictions, len(spec.classes))
             return matrix, predictions.astype(jnp.uint8)
 
@@ -89,7 +91,7 @@ def _batches_of_one_size(examples, batch_size):
 
 
 def _sum_over_processes(counts: np.ndarray) -> np.ndarray:
-    """Exact int64 sum over processes (gathered as pairs of int32, which is all JAX moves by default)."""
+    """Exact int64 sum over processes, gathered as pairs of int32: JAX moves no int64 by default."""
     if jax.process_count() == 1:
         return counts
     parts = np.stack([counts >> 31, counts & 0x7FFFFFFF]).astype(np.int32)
@@ -103,7 +105,7 @@ def summary(scores: dict[str, Any], spec: LabelSpec) -> dict[str, Any]:
     def number(x: float) -> float | None:
         return None if np.isnan(x) else round(float(x), 6)
 
-    figures = {name: number(scores[name]) for name in ("PA", "mPA", "mIoU", "final_score")}
+    figures = {name: number(scores[name]) for name in HEADLINE}
     per_class = {c: number(v) for c, v in zip(spec.classes, scores["iou"], strict=True)}
     return {
         "protocol": PROTOCOL,
@@ -130,7 +132,7 @@ def table(scores: dict[str, Any], spec: LabelSpec) -> str:
 
 def scalars(scores: dict[str, Any], spec: LabelSpec) -> dict[str, float]:
     """Scores under the names that the metric writers use."""
-    named = {f"val/{name}": scores[name] for name in ("PA", "mPA", "mIoU", "final_score")}
+    named = {f"val/{name}": scores[name] for name in HEADLINE}
     per_class = zip(spec.classes, scores["iou"], strict=True)
     return named | {f"val_iou/{name}": float(iou) for name, iou in per_class}
 

@@ -26,10 +26,11 @@ def main(_) -> None:
         jax.distributed.initialize(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
     if _CONFIG.value.model.dtype == "float64":
         jax.config.update("jax_enable_x64", True)
-    cli.use_compilation_cache(Path(_WORKDIR.value))
+    workdir = Path(_WORKDIR.value or "")
+    cli.use_compilation_cache(workdir)
     from duc_dlc_jax.train import train
 
-    train(_CONFIG.value, _WORKDIR.value)
+    train(_CONFIG.value, workdir)
 
 
 if __name__ == "__main__":

@@ -26,8 +26,8 @@ def scores(matrix: np.ndarray, absent: str = "skip") -> dict[str, float | np.nda
     """Confusion matrix int64 [K, K] -> PA, mPA, mIoU, Final Score and per-class figures.
 
     A class in neither labels nor predictions has IoU NaN and is left out of the means
-    (`absent="skip"`), or counts as 0 (`absent="zero"`, the older code's rule). With no pixel at all,
-    every figure is NaN.
+    (`absent="skip"`), or counts as 0 (`absent="zero"`, the older code's rule). With no pixel at
+    all, every figure is NaN.
     """
     matrix = np.asarray(matrix, np.int64)
     hit, labelled, predicted = np.diag(matrix), matrix.sum(1), matrix.sum(0)

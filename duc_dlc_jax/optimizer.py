@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import ml_collections
 import optax
 
 
-def poly_schedule(learning_rate: float, power: float, steps: int) -> optax.Schedule:
+def poly_schedule(learning_rate: float, power: float, steps: int) -> Callable[[Any], jax.Array]:
     """step -> learning_rate * (1 - step / steps) ** power, per iteration, 0 from `steps` on."""
 
     def schedule(step):
@@ -18,7 +21,7 @@ def poly_schedule(learning_rate: float, power: float, steps: int) -> optax.Sched
 
 
 def scale_new_layers(multiplier: float) -> optax.GradientTransformation:
-    """Multiplies the updates of everything but `backbone`: a higher learning rate for new layers."""
+    """Multiplies the updates of all but `backbone`: a higher learning rate for new layers."""
 
     def update(updates, _):
         return {

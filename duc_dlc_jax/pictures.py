@@ -12,7 +12,9 @@ from PIL import Image
 from duc_dlc_jax.data.labels import LabelSpec
 
 
-def overlay(image: np.ndarray, ids: np.ndarray, spec: LabelSpec, opacity: float = 0.5) -> np.ndarray:
+def overlay(
+    image: np.ndarray, ids: np.ndarray, spec: LabelSpec, opacity: float = 0.5
+) -> np.ndarray:
     """image uint8 RGB [H, W, 3] and train ids [H, W] -> the image tinted by class, uint8 RGB."""
     mixed = (1 - opacity) * image + opacity * spec.colourise(ids)
     return np.round(mixed).astype(np.uint8)
@@ -25,9 +27,7 @@ def triple(example: dict[str, Any], spec: LabelSpec) -> np.ndarray:
     """
     label = example["label"]
     shown = np.where(label == 255, 255, example["prediction"]).astype(np.uint8)
-    return np.concatenate(
-        [example["image"], spec.colourise(label), spec.colourise(shown)], axis=1
-    )
+    return np.concatenate([example["image"], spec.colourise(label), spec.colourise(shown)], axis=1)
 
 
 def write_triples(folder: Path, examples: Sequence[dict[str, Any]], spec: LabelSpec) -> None:
@@ -38,7 +38,7 @@ def write_triples(folder: Path, examples: Sequence[dict[str, Any]], spec: LabelS
 
 
 def write_ids(path: Path, ids: np.ndarray, spec: LabelSpec) -> None:
-    """Train ids uint8 [H, W] as a palette PNG: the pixel values are the ids, viewers show colours."""
+    """Train ids uint8 [H, W] as a palette PNG: pixel values are the ids, viewers show colours."""
     image = Image.fromarray(ids)
     image.putpalette(np.asarray(spec.palette, np.uint8).tobytes())
     image.save(path)

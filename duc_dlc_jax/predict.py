@@ -30,7 +30,8 @@ def make_predictor(model: Segmenter, variables: dict[str, Any]):
 
     @jax.jit
     def ids(variables, image):
-        return model.apply(variables, image[None]).argmax(-1)[0].astype(jnp.uint8)
+        logits: Any = model.apply(variables, image[None])
+        return logits.argmax(-1)[0].astype(jnp.uint8)
 
     return lambda image: np.asarray(ids(variables, image))
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -9,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from duc_dlc_jax.config import ConfigError
 
 
-def data_mesh(devices: list[jax.Device] | None = None) -> Mesh:
+def data_mesh(devices: Sequence[Any] | None = None) -> Mesh:
     """One axis, `data`, over the given devices (default: all, of all processes)."""
     return Mesh(np.asarray(jax.devices() if devices is None else devices), ("data",))
 

@@ -1,13 +1,14 @@
 """The training loop: batch -> step -> figures -> evaluation -> checkpoint, in this order.
 
 A checkpoint therefore holds the state after an evaluation with that evaluation's scores, and a
-resumed run neither repeats nor skips a step: every batch and every random number follow from the step.
+resumed run neither repeats nor skips a step: every batch and every random number follow from the
+step.
 """
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from duc_dlc_jax.train_step import TrainState, create_state, init_variables, mak
 
 
 def total_steps(config: ml_collections.ConfigDict, images: int) -> int:
-    """train.steps, or train.epochs x images / batch_size rounded up: batches cross epoch borders."""
+    """train.steps, or train.epochs x images / batch_size rounded up (batches cross epochs)."""
     if config.train.steps > 0:
         return config.train.steps
     return int(np.ceil(config.train.epochs * images / config.train.batch_size))
@@ -45,20 +46,88 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, A
     sharding.check_batch(config.train.batch_size, mesh.size)
     records = pipeline.open_records(config.data, config.data.train_split)
     val_records = pipeline.open_records(config.data, config.data.eval_split)
+    for split in (records, val_records):
+        if not split.labelled:
+            raise config_lib.ConfigError(f"split {split.split} of {split.folder} has no labels")
     spec, steps = records.spec, total_steps(config, len(records))
     _announce(config, workdir, mesh, spec, len(records), len(val_records), steps)
 
     model = segmenter.create(config.model, spec.num_classes, mesh.size)
     optimizer = optimizers.create(config.optimizer, steps)
-    saved = checkpoints.Checkpoints(workdir, config.train.keep_latest, config.train.keep_best)
-    everywhere, split = sharding.replicated(mesh), sharding.batched(mesh)
-    state, position = _first_state(config, workdir, model, optimizer, saved, everywhere)
-    if jax.process_index() == 0:
-        workdirs.write(workdir, config, spec)
-        text = parameter_overview.get_parameter_overview(state.params, include_stats=False)
-        (workdir / "parameters.txt").write_text(text + "\n")
+    with contextlib.ExitStack() as stack:
+        kept = config.train.keep_latest, config.train.keep_best
+        saved = stack.enter_context(contextlib.closing(checkpoints.Checkpoints(workdir, *kept)))
+        state, position = _first_state(config, workdir, model, optimizer, saved, mesh)
+        if jax.process_index() == 0:
+            workdirs.write(workdir, config, spec)
+            text = parameter_overview.get_parameter_overview(state.params, include_stats=False)
+            (workdir / "parameters.txt").write_text(text + "\n")
+        writer = stack.enter_context(contextlib.closing(writers.Writer(workdir, int(state.step))))
+        writer.texts(0, {"config": f"```\n{config_lib.to_json(config)}\n```"})
+        batches = _batches(config, records, position, steps, mesh)
+        stack.enter_context(contextlib.closing(batches))
+        train_step = _compiled(make_train_step(model, optimizer, config), mesh)
+        evaluation = _Evaluation(config, model, val_records, writer, workdir)
+        scores = _loop(config, state, steps, batches, train_step, evaluation, saved, writer)
+        if jax.process_index() == 0:
+            print(f"{evaluate.table(scores, spec)}\n{_next_commands(workdir, saved)}")
+    return scores
 
-    batches = pipeline.train_iterator(
+
+def _loop(config, state, steps, batches, train_step, evaluation, saved, writer) -> dict[str, Any]:
+    """The steps from the state's on; returns the scores of the last evaluation."""
+    first, scores = int(state.step), {}
+    progress = writers.Progress(steps)
+    figures = writers.StepFigures(config.train.batch_size)
+    learning_rate = optimizers.poly_schedule(
+        config.optimizer.learning_rate, config.optimizer.power, steps
+    )
+    for step in range(first + 1, steps + 1):
+        with figures.waiting():
+            batch = next(batches)
+        state, metrics = train_step(state, batch)
+        figures.add(metrics)
+
+        last = step == steps
+        log = last or step % config.train.log_every == 0
+        if log:
+            values = figures.take(step) | {
+                "learning_rate": float(np.asarray(learning_rate(step - 1)))
+            }
+            writer.scalars(step, {f"train/{name}": value for name, value in values.items()})
+        progress.show(step, figures.text, log)
+
+        evaluating = last or (config.train.eval_every and step % config.train.eval_every == 0)
+        if not (evaluating or step % config.train.checkpoint_every == 0):
+            continue
+        start = time.monotonic()
+        figures.check_finite(step)
+        headline = None
+        if evaluating:
+            scores = evaluation(state)
+            headline = {name: scores[name] for name in evaluate.HEADLINE}
+            progress.say(f"step {step}: " + "  ".join(f"{k} {v:.4f}" for k, v in headline.items()))
+        saved.save(state, step * config.train.batch_size, config, headline)
+        progress.pause(time.monotonic() - start)
+        figures.restart()
+    saved.wait()
+    return scores or evaluation(state)  # a finished run, started again, only evaluates
+
+
+def _compiled(train_step, mesh):
+    """The step as one program over the mesh; its state is donated."""
+    everywhere, split = sharding.replicated(mesh), sharding.batched(mesh)
+    return jax.jit(
+        train_step,
+        in_shardings=(everywhere, {"image": split, "label": split}),
+        out_shardings=(everywhere, everywhere),
+        donate_argnums=0,
+    )
+
+
+def _batches(config, records, position: int, steps: int, mesh):
+    """Global batches on the devices, from the image at `position` of the endless stream on."""
+    iterator = pipeline.train_iterator(
         config.data,
         records,
         seed=config.seed,
@@ -68,67 +137,22 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, A
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
-    train_step = jax.jit(
-        make_train_step(model, optimizer, config),
-        in_shardings=(everywhere, {"image": split, "label": split}),
-        out_shardings=(everywhere, everywhere),
-        donate_argnums=0,
-    )
-    evaluator = evaluate.Evaluator(model, spec, config.eval.batch_size)
-    schedule = optimizers.poly_schedule(config.optimizer.learning_rate, config.optimizer.power, steps)
-    writer = writers.Writer(workdir)
-    writer.texts(0, {"config": f"```\n{config_lib.to_json(config)}\n```"})
-    first = int(state.step)
-    progress = writers.Progress(first, steps)
-    window = _Window(config.train.batch_size)
-    scores: dict[str, Any] = {}
-
-    for step in range(first + 1, steps + 1):
-        with window.waiting():
-            batch = next(batches)
-        batch = {name: batch[name] for name in ("image", "label")}
-        state, metrics = train_step(state, sharding.to_devices(batch, split))
-        window.add(metrics)
-
-        last = step == steps
-        log = last or step % config.train.log_every == 0
-        if log:
-            figures = window.figures(step)
-            figures["learning_rate"] = float(schedule(step - 1))
-            writer.scalars(step, {f"train/{name}": value for name, value in figures.items()})
-        progress.show(step, window.text, log)
-
-        evaluating = last or (config.train.eval_every and step % config.train.eval_every == 0)
-        saving = evaluating or step % config.train.checkpoint_every == 0
-        if not saving:
-            continue
-        start = time.monotonic()
-        window.check_finite(step)
-        metrics = None
-        if evaluating:
-            scores = _evaluate(config, evaluator, state, val_records, writer, workdir, spec)
-            metrics = {name: scores[name] for name in ("PA", "mPA", "mIoU", checkpoints.SCORE)}
-            progress.say(f"step {step}: " + "  ".join(f"{k} {v:.4f}" for k, v in metrics.items()))
-        saved.save(state, step * config.train.batch_size, config, metrics)
-        progress.pause(time.monotonic() - start)
-        window.restart()
-
-    if not scores:  # a finished run, started again
-        scores = _evaluate(config, evaluator, state, val_records, writer, workdir, spec)
-    saved.wait()
-    progress.say(evaluate.table(scores, spec))
-    progress.say(_next_commands(workdir, saved))
-    saved.close()
-    writer.close()
-    return scores
+    try:
+        for batch in iterator:
+            local = {name: batch[name] for name in ("image", "label")}
+            yield sharding.to_devices(local, sharding.batched(mesh))
+    finally:
+        if hasattr(iterator, "close"):
+            iterator.close()
 
 
-def _first_state(config, workdir, model, optimizer, saved, everywhere) -> tuple[TrainState, int]:
+def _first_state(config, workdir, model, optimizer, saved, mesh) -> tuple[TrainState, int]:
     """The latest checkpoint's state, or a new one; and the images consumed so far."""
 
     def fresh(variables=None):
         return create_state(model, optimizer, config, variables)
 
+    everywhere = sharding.replicated(mesh)
     latest = saved.latest_step()
     if latest is not None:
         for name, (old, new) in workdirs.changed_fields(workdir, config).items():
@@ -155,88 +179,34 @@ def _first_state(config, workdir, model, optimizer, saved, everywhere) -> tuple[
     return jax.jit(fresh, out_shardings=everywhere)(variables), 0
 
 
-def _evaluate(config, evaluator, state, records, writer, workdir, spec) -> dict[str, Any]:
-    step = int(state.step)
-    start = time.monotonic()
-    examples = pipeline.eval_examples(records, jax.process_index(), jax.process_count())
-    scores, kept = evaluator.run(state.variables(), examples, keep=config.eval.pictures)
-    seconds = time.monotonic() - start
-    rate = {"val/images_per_second": scores["images"] / seconds}
-    writer.scalars(step, evaluate.scalars(scores, spec) | rate)
-    if jax.process_index() == 0 and kept:
-        pictures.write_triples(workdir / "pictures" / f"step-{step}", kept, spec)
-        for i, example in enumerate(kept):
-            writer.images(step, {f"val/{i}": pictures.triple(example, spec)[None]})
-        writer.flush()
-    return scores
+class _Evaluation:
+    """Scores of a state on the evaluation split, written with their pictures."""
+
+    def __init__(self, config, model, records, writer, workdir):
+        self._config, self._records = config, records
+        self._writer, self._workdir = writer, workdir
+        self._evaluator = evaluate.Evaluator(model, records.spec, config.eval.batch_size)
+
+    def __call__(self, state: TrainState) -> dict[str, Any]:
+        step, spec, start = int(state.step), self._records.spec, time.monotonic()
+        examples = pipeline.eval_examples(self._records, jax.process_index(), jax.process_count())
+        scores, kept = self._evaluator.run(
+            state.variables(), examples, keep=self._config.eval.pictures
+        )
+        rate = scores["images"] / (time.monotonic() - start)
+        values = evaluate.scalars(scores, spec) | {"val/images_per_second": rate}
+        self._writer.scalars(step, values)
+        if jax.process_index() == 0 and kept:
+            pictures.write_triples(self._workdir / "pictures" / f"step-{step}", kept, spec)
+            for i, example in enumerate(kept):
+                self._writer.images(step, {f"val/{i}": pictures.triple(example, spec)[None]})
+            self._writer.flush()
+        return scores
 
 
-class _Window:
-    """Figures of the steps since the last log line; keeps at most two steps in flight."""
-
-    def __init__(self, batch_size: int):
-        self._batch_size = batch_size
-        self._metrics: list[dict[str, jax.Array]] = []
-        self._in_flight: deque[jax.Array] = deque()
-        self.text = ""
-        self.restart()
-
-    def restart(self) -> None:
-        """Starts the clock anew, so that evaluations and checkpoints do not count as training."""
-        self._start, self._waited, self._steps = time.monotonic(), 0.0, 0
-
-    def waiting(self):
-        """Context: the time inside is time spent waiting for data."""
-        return _Stopwatch(self)
-
-    def add(self, metrics: dict[str, jax.Array]) -> None:
-        self._metrics.append(metrics)
-        self._steps += 1
-        self._in_flight.append(metrics["loss"])
-        if len(self._in_flight) > 2:
-            done = self._in_flight.popleft()
-            self.text = f"loss {float(done):.4f}  {self._rate():.1f} images/s"
-
-    def _rate(self) -> float:
-        return self._steps * self._batch_size / max(time.monotonic() - self._start, 1e-9)
-
-    def figures(self, step: int) -> dict[str, float]:
-        """Means over the window, rate and share of waiting; raises where the loss is not finite."""
-        self.check_finite(step)
-        rows = jax.device_get(self._metrics)
-        elapsed = max(time.monotonic() - self._start, 1e-9)
-        means = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
-        means["images_per_second"] = self._rate()
-        means["data_wait_share"] = self._waited / elapsed
-        self.text = f"loss {means['loss']:.4f}  {means['images_per_second']:.1f} images/s"
-        self.text += f"  {100 * means['data_wait_share']:.0f}% waiting for data"
-        self._metrics.clear()
-        self.restart()
-        return means
-
-    def check_finite(self, step: int) -> None:
-        """Raises FloatingPointError before a state with NaN could be saved."""
-        for row in jax.device_get(self._metrics):
-            if not np.isfinite(row["loss"]) or not np.isfinite(row["grad_norm"]):
-                raise FloatingPointError(
-                    f"loss {row['loss']}, gradient norm {row['grad_norm']} at or before step {step}: "
-                    "nothing was saved since the last checkpoint; lower optimizer.learning_rate or "
-                    "set optimizer.clip_norm"
-                )
-
-
-class _Stopwatch:
-    def __init__(self, window: _Window):
-        self._window = window
-
-    def __enter__(self) -> None:
-        self._start = time.monotonic()
-
-    def __exit__(self, *_) -> None:
-        self._window._waited += time.monotonic() - self._start
-
-
-def _announce(config, workdir, mesh, spec: LabelSpec, images: int, val_images: int, steps: int) -> None:
+def _announce(
+    config, workdir, mesh, spec: LabelSpec, images: int, val_images: int, steps: int
+) -> None:
     if jax.process_index() != 0:
         return
     logging.info("configuration:\n%s", config_lib.to_json(config))
@@ -246,7 +216,7 @@ def _announce(config, workdir, mesh, spec: LabelSpec, images: int, val_images: i
     )
     logging.info("labels of %s, raw id -> train id: %s", spec.name, mapping)
     logging.info(
-        "%d training and %d evaluation images, %d steps of %d images on %d %s device(s), workdir %s",
+        "%d training and %d evaluation images, %d steps of %d images, %d %s device(s), workdir %s",
         images,
         val_images,
         steps,

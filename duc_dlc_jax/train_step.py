@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable
 from typing import Any
 
+import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 import optax
 
 from duc_dlc_jax.data.labels import IGNORE
 from duc_dlc_jax.losses import cross_entropy
+from duc_dlc_jax.models.layers import Conv
 from duc_dlc_jax.models.segmenter import Segmenter
 
 Batch = dict[str, jax.Array]
@@ -50,10 +54,31 @@ def create_state(
 
 
 def init_variables(model: Segmenter, seed: int) -> dict[str, Any]:
-    """Random {params, batch_stats}, compiled as one program."""
-    image = jnp.zeros((1, 64, 64, 3), jnp.uint8)
-    variables = jax.jit(model.init)(jax.random.key(seed), image)
-    return {"params": variables["params"], "batch_stats": variables["batch_stats"]}
+    """Random {params, batch_stats}, drawn on the host by (seed, name): nothing is compiled.
+
+    Convolutions have the distribution that their layer names, biases and means are 0, scales and
+    variances 1.
+    """
+    inits = {}
+
+    def record(call, args, kwargs, context):
+        if isinstance(context.module, Conv):
+            inits[context.module.path] = context.module.init
+        return call(*args, **kwargs)
+
+    image = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.uint8)
+    with nn.intercept_methods(record):
+        shapes = jax.eval_shape(model.init, jax.random.key(0), image)
+
+    def draw(path, leaf) -> np.ndarray:
+        names = tuple(entry.key for entry in path)  # (collection, module, ..., parameter)
+        if names[-1] == "kernel":
+            rng = np.random.default_rng([seed, zlib.crc32("/".join(names).encode())])
+            return inits[names[1:-1]].draw(rng, leaf.shape).astype(leaf.dtype)
+        return np.full(leaf.shape, names[-1] in ("scale", "var"), leaf.dtype)
+
+    kept = {name: shapes[name] for name in ("params", "batch_stats")}
+    return jax.tree_util.tree_map_with_path(draw, kept)
 
 
 def make_train_step(
@@ -67,13 +92,14 @@ def make_train_step(
     """
 
     def loss_fn(params, batch_stats, batch, key):
-        logits, updated = model.apply(
+        output: Any = model.apply(
             {"params": params, "batch_stats": batch_stats},
             batch["image"],
             train=True,
             rngs={"dropout": key},
             mutable=["batch_stats", "intermediates"],
         )
+        logits, updated = output
         loss = cross_entropy(logits, batch["label"])
         for aux_logits in updated.get("intermediates", {}).get("aux_logits", ()):
             loss += config.loss.aux_weight * cross_entropy(aux_logits, batch["label"])

@@ -22,7 +22,7 @@ from duc_dlc_jax.models import segmenter
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A trained network: `model.apply(variables, images)` gives logits, `spec` names the classes."""
+    """A trained network: `model.apply(variables, images)` gives logits, `spec` has the classes."""
 
     config: ml_collections.ConfigDict
     spec: LabelSpec
@@ -64,7 +64,9 @@ def load(workdir: str | Path, checkpoint: str = "best") -> Run:
     try:
         named = {"best": saved.best_step, "latest": saved.latest_step}
         if checkpoint not in named and not checkpoint.isdigit():
-            raise config_lib.ConfigError(f"checkpoint {checkpoint!r}; allowed: best, latest, a step")
+            raise config_lib.ConfigError(
+                f"checkpoint {checkpoint!r}; allowed: best, latest, a step"
+            )
         step = named[checkpoint]() if checkpoint in named else int(checkpoint)
         if step is None:
             raise FileNotFoundError(f"{saved.directory} holds no checkpoint yet")

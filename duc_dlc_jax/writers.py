@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import time
+from collections import deque
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +17,24 @@ from absl import logging
 
 
 class Writer:
-    """Scalars to `metrics.jsonl` and, with pictures and texts, to TensorBoard by CLU's SummaryWriter.
+    """Scalars to `metrics.jsonl`; with pictures and texts to TensorBoard by CLU's SummaryWriter.
 
     Process 0 writes; the others do nothing. CLU's writers need TensorFlow (imported here and not
     before): without it the JSON lines remain, after one warning.
     """
 
-    def __init__(self, workdir: Path):
+    def __init__(self, workdir: Path, first_step: int):
+        """first_step: updates done so far; lines of later steps, which will be redone, go."""
         self._lines, self._events = None, None
         if jax.process_index() != 0:
             return
-        self._lines = open(workdir / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
+        path = workdir / "metrics.jsonl"
+        old = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        kept = [
+            line for line in old if line.endswith("}") and json.loads(line)["step"] <= first_step
+        ]
+        path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        self._lines = open(path, "a", encoding="utf-8")  # noqa: SIM115
         try:
             from clu import metric_writers
 
@@ -66,9 +76,11 @@ class Writer:
 class Progress:
     """One line: step, loss, rate and time left; redrawn on a terminal, plain lines in a log."""
 
-    def __init__(self, first_step: int, steps: int, stream=sys.stderr):
-        self._first, self._steps, self._stream = first_step, steps, stream
-        self._start, self._last, self._paused = time.monotonic(), 0.0, 0.0
+    def __init__(self, steps: int):
+        self._steps, self._stream = steps, sys.stderr
+        self._quiet = jax.process_index() != 0
+        self._origin: tuple[int, float] | None = None  # first finished step: compilation is over
+        self._last, self._paused = 0.0, 0.0
 
     def pause(self, seconds: float) -> None:
         """Leaves `seconds` of evaluation or checkpointing out of the estimate."""
@@ -77,21 +89,81 @@ class Progress:
     def show(self, step: int, text: str, log: bool) -> None:
         """Redraws a terminal at most 4 times a second; in a log writes when `log` is set."""
         now = time.monotonic()
-        spent = now - self._start - self._paused
-        left = spent / max(step - self._first, 1) * (self._steps - step)
-        line = f"step {step}/{self._steps}  {text}  {_clock(left)} left"
-        if self._stream.isatty():
-            if now - self._last > 0.25 or step == self._steps:
-                self._stream.write(f"\r\x1b[K{line}")
-                self._last = now
-        elif log:
-            self._stream.write(line + "\n")
-        self._stream.flush()
+        first, start = self._origin = self._origin or (step, now)
+        line = f"step {step}/{self._steps}  {text}"
+        if step > first:
+            pace = (now - start - self._paused) / (step - first)
+            line += f"  {_clock(pace * (self._steps - step))} left"
+        if not self._stream.isatty():
+            if log:
+                self.say(line)
+        elif not self._quiet and (now - self._last > 0.25 or step == self._steps):
+            self._stream.write(f"\r\x1b[K{line}")
+            self._stream.flush()
+            self._last = now
 
     def say(self, text: str) -> None:
         """A line that stays, above the progress line."""
-        self._stream.write(("\r\x1b[K" if self._stream.isatty() else "") + text + "\n")
-        self._stream.flush()
+        if not self._quiet:
+            self._stream.write(("\r\x1b[K" if self._stream.isatty() else "") + text + "\n")
+            self._stream.flush()
+
+
+class StepFigures:
+    """Figures of the steps since the last log line; keeps at most two steps in flight."""
+
+    def __init__(self, batch_size: int):
+        self._batch_size = batch_size
+        self._metrics: list[dict[str, jax.Array]] = []
+        self._in_flight: deque[jax.Array] = deque()
+        self.text = ""
+        self.restart()
+
+    def restart(self) -> None:
+        """Starts the clock anew, so that evaluations and checkpoints do not count as training."""
+        self._start, self._waited, self._steps = time.monotonic(), 0.0, 0
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """The time inside is time spent waiting for data."""
+        start = time.monotonic()
+        yield
+        self._waited += time.monotonic() - start
+
+    def add(self, metrics: dict[str, jax.Array]) -> None:
+        self._metrics.append(metrics)
+        self._steps += 1
+        self._in_flight.append(metrics["loss"])
+        if len(self._in_flight) > 2:
+            done = self._in_flight.popleft()
+            self.text = f"loss {float(done):.4f}  {self._rate():.1f} images/s"
+
+    def _rate(self) -> float:
+        return self._steps * self._batch_size / max(time.monotonic() - self._start, 1e-9)
+
+    def take(self, step: int) -> dict[str, float]:
+        """Means over the window, rate and share of waiting; raises where the loss is not finite."""
+        self.check_finite(step)
+        rows = jax.device_get(self._metrics)
+        elapsed = max(time.monotonic() - self._start, 1e-9)
+        means = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
+        means["images_per_second"] = self._rate()
+        means["data_wait_share"] = self._waited / elapsed
+        self.text = f"loss {means['loss']:.4f}  {means['images_per_second']:.1f} images/s"
+        self.text += f"  {100 * means['data_wait_share']:.0f}% waiting for data"
+        self._metrics.clear()
+        self.restart()
+        return means
+
+    def check_finite(self, step: int) -> None:
+        """Raises FloatingPointError before a state with NaN could be saved."""
+        for row in jax.device_get(self._metrics):
+            if not np.isfinite(row["loss"]) or not np.isfinite(row["grad_norm"]):
+                raise FloatingPointError(
+                    f"loss {row['loss']}, gradient norm {row['grad_norm']} at or before step "
+                    f"{step}: nothing was saved since the last checkpoint; lower "
+                    "optimizer.learning_rate or set optimizer.clip_norm"
+                )
 
 
 def _clock(seconds: float) -> str:

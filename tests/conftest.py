@@ -1,8 +1,10 @@
 """Shared fixtures."""
 
 import pathlib
+from types import SimpleNamespace
 
 import pytest
+from runs import tiny_config
 
 
 @pytest.fixture(scope="session")
@@ -14,3 +16,36 @@ def scenes_dir(tmp_path_factory) -> pathlib.Path:
     folder = tmp_path_factory.mktemp("data")
     prepare("scenes", None, folder)
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def strict_rank_promotion():
+    """Arrays of different rank never broadcast silently, in our code or in the tests."""
+    import jax
+
+    jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(scope="session")
+def bfloat16_run(strict_rank_promotion):
+    """Ten steps of a tiny bfloat16 network with EMA: `config` and 11 `states` on the host."""
+    import jax
+    import numpy as np
+    from test_models import QUICK, random_variables
+
+    from duc_dlc_jax import optimizer, train_step
+    from duc_dlc_jax.models import segmenter
+
+    config = tiny_config("", model__dtype="bfloat16", optimizer__ema_decay=0.8)
+    model = segmenter.create(config.model, 5)
+    rule = optimizer.create(config.optimizer, 10)
+    state = train_step.create_state(model, rule, config, random_variables(model))
+    step = jax.jit(train_step.make_train_step(model, rule, config), compiler_options=QUICK)
+    rng = np.random.default_rng(0)
+    states = [jax.device_get(state)]
+    for _ in range(10):
+        image = rng.integers(0, 256, (2, 64, 64, 3), np.uint8)
+        label = rng.integers(0, 5, (2, 64, 64)).astype(np.uint8)
+        state, _ = step(state, {"image": image, "label": label})
+        states.append(jax.device_get(state))
+    return SimpleNamespace(config=config, states=states)

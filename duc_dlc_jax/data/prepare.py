@@ -11,16 +11,12 @@ from __future__ import annotations
 import json
 import pathlib
 
-from absl import app, flags
+from absl import app, flags, logging
 
+from duc_dlc_jax import cli
 from duc_dlc_jax.data import builders
 from duc_dlc_jax.data.builders import sources
 from duc_dlc_jax.data.labels import IGNORE, DataError, LabelSpec, label_spec
-
-_DATASET = flags.DEFINE_string("dataset", None, "camvid, cityscapes, ade20k, ...", required=True)
-_RAW_DIR = flags.DEFINE_string("raw_dir", None, "folder of the download; scenes needs none")
-_DATA_DIR = flags.DEFINE_string("data_dir", "data", "folder that receives the records")
-_STRICT = flags.DEFINE_bool("strict", False, "fail on a missing split or an unofficial count")
 
 
 def prepare(
@@ -119,11 +115,17 @@ def _build(name: str, splits: dict, spec: LabelSpec, data_dir: str | pathlib.Pat
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}; see --help")
+    logging.set_verbosity(logging.WARNING)  # TFDS logs each of its steps
+    args = flags.FLAGS
     try:
-        prepare(_DATASET.value, _RAW_DIR.value, _DATA_DIR.value, _STRICT.value)
+        prepare(args.dataset, args.raw_dir, args.data_dir, args.strict)
     except ValueError as error:  # what the user can mend: a message, not a traceback
-        raise SystemExit(f"error: {error}") from error
+        cli.fail(error)
 
 
 if __name__ == "__main__":
-    app.run(main)
+    flags.DEFINE_string("dataset", None, "camvid, cityscapes, ade20k, ...", required=True)
+    flags.DEFINE_string("raw_dir", None, "Folder of the download; scenes needs none.")
+    flags.DEFINE_string("data_dir", "data", "Folder that receives the records.")
+    flags.DEFINE_bool("strict", False, "Fail on a missing split or an unofficial count.")
+    cli.run(main)

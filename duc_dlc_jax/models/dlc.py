@@ -11,10 +11,10 @@ import jax.numpy as jnp
 
 
 class DLC(nn.Module):
-    """1x1 -> width; per rate d: 1x1 -> growth, 3x3 dilation d -> growth, concatenated to what follows.
+    """1x1 -> width; per rate d: 1x1 -> growth, 3x3 dilation d -> growth, joined to its input.
 
-    [B, h, w, C] -> [B, h, w, width + len(rates) * growth]. Receptive field of the rates 3, 6, 12, 18
-    by eq. 4 and 5: 79.
+    [B, h, w, C] -> [B, h, w, width + len(rates) * growth]. Receptive field of the rates 3, 6, 12,
+    18 by eq. 4 and 5: 79.
     """
 
     width: int

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -51,7 +52,7 @@ class DUC(nn.Module):
         a, b = jnp.split(from_guidance + from_low, 2, axis=-1)
         return jnp.concatenate([a * guidance + b, middle], axis=-1)
 
-    def _guidance(self, image: jax.Array, size: tuple[int, int]) -> jax.Array:
+    def _guidance(self, image: jax.Array, size: Sequence[int]) -> jax.Array:
         """G~ [B, *size, width]: g(I), a stride-4 convolution, and a resize to I_m's grid."""
         if self.guidance_stride > 1:
             half = tuple(-(-n // self.guidance_stride) for n in image.shape[1:3])

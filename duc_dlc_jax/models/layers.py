@@ -6,6 +6,9 @@ compute dtype is float64); activations have the compute dtype.
 
 from __future__ import annotations
 
+import dataclasses
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -17,8 +20,30 @@ Dtype = Any
 IMAGE_MEAN = (0.485, 0.456, 0.406)  # RGB in 0..1
 IMAGE_STD = (0.229, 0.224, 0.225)
 
-backbone_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
-head_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # PyTorch's default bound
+
+@dataclasses.dataclass(frozen=True)
+class NormalInit:
+    """Normal with variance `gain` / fan, fan being k * k * channels in ("in") or out ("out")."""
+
+    gain: float
+    fan: str
+
+    def std(self, shape: Sequence[int]) -> float:
+        receptive, channels_in, channels_out = math.prod(shape[:-2]), shape[-2], shape[-1]
+        return math.sqrt(
+            self.gain / (receptive * (channels_in if self.fan == "in" else channels_out))
+        )
+
+    def __call__(self, key: jax.Array, shape: Sequence[int], dtype: Dtype) -> jax.Array:
+        return self.std(shape) * jax.random.normal(key, shape, dtype)
+
+    def draw(self, rng: np.random.Generator, shape: Sequence[int]) -> np.ndarray:
+        """The same distribution from NumPy: nothing to compile."""
+        return self.std(shape) * rng.standard_normal(shape)
+
+
+backbone_init = NormalInit(2.0, "out")  # He et al., 2015
+head_init = NormalInit(1 / 3, "in")  # the variance of PyTorch's default
 
 
 def parameter_dtype(dtype: Dtype) -> Dtype:
@@ -27,7 +52,7 @@ def parameter_dtype(dtype: Dtype) -> Dtype:
 
 
 def normalize(images: jax.Array, dtype: Dtype) -> jax.Array:
-    """uint8 RGB [B, H, W, 3] -> (x / 255 - mean) / std in `dtype`; floating input passes as it is."""
+    """uint8 RGB [B, H, W, 3] -> (x / 255 - mean) / std in `dtype`; floats pass as they are."""
     if jnp.issubdtype(images.dtype, jnp.floating):
         return images.astype(dtype)
     wide = parameter_dtype(dtype)
@@ -61,7 +86,8 @@ class Conv(nn.Module):
             x = x[:, :: self.stride, :: self.stride]
             y = jax.lax.dot_general(x, kernel[0, 0], (((3,), (0,)), ((), ())))
         elif self.kernel <= self.stride:
-            y = jnp.einsum("bhiwjc,ijcf->bhwf", separate_windows(x, self.kernel, self.stride), kernel)
+            windows = separate_windows(x, self.kernel, self.stride)
+            y = jnp.einsum("bhiwjc,ijcf->bhwf", windows, kernel)
         else:
             pad = self.dilation * (self.kernel - 1) // 2
             y = jax.lax.conv_general_dilated(
@@ -80,7 +106,7 @@ class Conv(nn.Module):
 
 
 def separate_windows(x: jax.Array, kernel: int, stride: int) -> jax.Array:
-    """[B, H, W, C] -> the windows [B, ceil(H / s), k, ceil(W / s), k, C] of a k x k, stride s >= k."""
+    """[B, H, W, C] -> windows [B, ceil(H / s), k, ceil(W / s), k, C] of a k x k, stride s >= k."""
     pad = (kernel - 1) // 2
     batch, height, width, channels = x.shape
     rows, columns = -(-height // stride), -(-width // stride)
@@ -120,9 +146,9 @@ class BatchNorm(nn.Module):
     """Batch normalisation over (batch, height, width), its statistics in float32 or wider.
 
     Under `jit` the batch axis is the global one, so `groups=1` is synchronised BN over all devices.
-    With `groups=G` the batch splits into G contiguous parts (one per device), each normalised by its own
-    statistics; the running variance then holds the mean of the groups' variances plus the variance of
-    their means, which is the variance of the whole batch.
+    With `groups=G` the batch splits into G contiguous parts (one per device), each normalised by
+    its own statistics; the running variance then holds the mean of the groups' variances plus the
+    variance of their means, which is the variance of the whole batch.
 
     `running_variance`: "biased" stores E[x^2] - E[x]^2 (Flax); "unbiased" stores n / (n - 1) of it
     (PyTorch), n being the values per channel of a group.
@@ -171,9 +197,9 @@ class BatchNorm(nn.Module):
 def interpolation_matrix(size_in: int, size_out: int, grid: str, step: float) -> np.ndarray:
     """[size_out, size_in] float64 bilinear weights along one axis.
 
-    grid: "corners" maps the end cells onto each other (align_corners=True); "stride" puts output cell
-    i at input position i * step, clamped to the last cell, which is where strided convolutions with
-    symmetric padding really sample. step: output stride over input stride.
+    grid: "corners" maps the end cells onto each other (align_corners=True); "stride" puts output
+    cell i at input position i * step, clamped to the last cell, which is where strided convolutions
+    with symmetric padding really sample. step: output stride over input stride.
     """
     index = np.arange(size_out)
     if grid == "corners":
@@ -188,7 +214,7 @@ def interpolation_matrix(size_in: int, size_out: int, grid: str, step: float) ->
     return matrix
 
 
-def resize_bilinear(x: jax.Array, size: tuple[int, int], grid: str, step: float) -> jax.Array:
+def resize_bilinear(x: jax.Array, size: Sequence[int], grid: str, step: float) -> jax.Array:
     """Bilinear resize of [B, H, W, C] to [B, *size, C] as two matrix products, in x's dtype.
 
     Highest matrix precision for float32, so that neither TF32 nor bf16 passes move an arg-max.
@@ -199,8 +225,8 @@ def resize_bilinear(x: jax.Array, size: tuple[int, int], grid: str, step: float)
     highest = jax.lax.Precision.HIGHEST
 
     def product(matrix: np.ndarray, y: jax.Array) -> jax.Array:  # [out, in], [N, in, C]
-        matrix = jnp.broadcast_to(matrix.astype(x.dtype)[None], (y.shape[0], *matrix.shape))
-        return jnp.einsum("noi,nic->noc", matrix, y, precision=highest)
+        weights = jnp.broadcast_to(matrix.astype(x.dtype)[None], (y.shape[0], *matrix.shape))
+        return jnp.einsum("noi,nic->noc", weights, y, precision=highest)
 
     rows = interpolation_matrix(height, size[0], grid, step)
     columns = interpolation_matrix(width, size[1], grid, step)

@@ -1,4 +1,4 @@
-"""ResNet with bottleneck blocks at output stride 32, 16 or 8 (He et al., 2016; dilation as FastFCN)."""
+"""ResNet with bottleneck blocks at output stride 32, 16 or 8 (He et al., 2016; FastFCN)."""
 
 from __future__ import annotations
 

@@ -49,8 +49,9 @@ class Segmenter(nn.Module):
     def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
         """images: uint8 RGB [B, H, W, 3] (or normalised floats) -> logits [B, H, W, classes].
 
-        Logits are float32 (float64 for float64 compute). In training the auxiliary head's logits are
-        sown as `aux_logits` in the collection `intermediates`; needs the random stream `dropout`.
+        Logits are float32 (float64 for float64 compute). In training the auxiliary head's logits
+        are sown as `aux_logits` in the collection `intermediates`; needs the random stream
+        `dropout`.
         """
         conv = partial(layers.Conv, dtype=self.dtype)
         norm = partial(
@@ -103,9 +104,7 @@ class Segmenter(nn.Module):
         return layers.resize_bilinear(logits, images.shape[1:3], self.resize_grid, 1 / stride)
 
 
-def create(
-    model: ml_collections.ConfigDict, num_classes: int, data_devices: int = 1
-) -> Segmenter:
+def create(model: ml_collections.ConfigDict, num_classes: int, data_devices: int = 1) -> Segmenter:
     """The network of `config.model`; `data_devices` sets the BN groups of `bn_groups="device"`."""
     fields = dict(model)
     fields["bn_groups"] = data_devices if model.bn_groups == "device" else 1

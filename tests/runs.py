@@ -1,0 +1,89 @@
+"""Tiny runs for tests: the same modules on 64-pixel crops, in this process or as a command."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from duc_dlc_jax import config as config_lib
+
+TINY = {
+    "data.name": "scenes",
+    "data.base_size": 96,
+    "data.crop_size": 64,
+    "model.depth": 14,
+    "model.width": 8,
+    "model.duc_width": 16,
+    "model.guidance_width": 8,
+    "model.dlc_width": 16,
+    "model.dlc_growth": 8,
+    "optimizer.learning_rate": 1e-2,
+    "optimizer.new_layer_multiplier": 2.0,
+    "train.batch_size": 4,
+    "train.steps": 6,
+    "train.log_every": 2,
+    "train.checkpoint_every": 2,
+    "eval.batch_size": 8,
+    "eval.pictures": 1,
+}
+
+
+def tiny_config(data_dir, **changes):
+    """`config.default()` with TINY and `changes` ("train__steps" for train.steps)."""
+    config = config_lib.default()
+    values = TINY | {name.replace("__", "."): value for name, value in changes.items()}
+    config.update_from_flattened_dict(values | {"data.dir": str(data_dir)})
+    return config
+
+
+def command(data_dir, workdir, *extra: str, module="main", python=sys.executable, **changes):
+    """The command line of a tiny training run."""
+    values = TINY | {name.replace("__", "."): value for name, value in changes.items()}
+    fields = [f"--config.{name}={value}" for name, value in values.items()]
+    return [
+        python,
+        "-m",
+        f"duc_dlc_jax.{module}",
+        "--config=configs/demo.py",
+        f"--workdir={workdir}",
+        f"--config.data.dir={data_dir}",
+        *fields,
+        *extra,
+    ]
+
+
+def run(arguments, *, devices=1, check=True, timeout=300, **env):
+    """Runs a command with `devices` CPU devices; its output is in the error when it fails."""
+    result = subprocess.run(
+        arguments, env=environment(devices, **env), capture_output=True, text=True, timeout=timeout
+    )
+    if check and result.returncode:
+        raise AssertionError(
+            f"{arguments} ended with {result.returncode}:\n{result.stderr[-4000:]}"
+        )
+    return result
+
+
+def environment(devices=1, **extra):
+    return os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)} | extra
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        return s.getsockname()[1]
+
+
+def saved_state(workdir: Path, step: int) -> dict[str, np.ndarray]:
+    """Every array of the train state saved at `step`, by path."""
+    import jax
+    import orbax.checkpoint as ocp
+
+    state = ocp.StandardCheckpointer().restore(
+        Path(workdir).absolute() / "checkpoints" / str(step) / "state"
+    )
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}

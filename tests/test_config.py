@@ -1,0 +1,257 @@
+"""Configurations: wrong ones end early with the way out, and every field has a reader."""
+
+from __future__ import annotations
+
+import ast
+import pathlib
+import re
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from duc_dlc_jax import cli, sharding
+from duc_dlc_jax import config as config_lib
+
+ROOT = pathlib.Path(__file__).parent.parent
+CONFIGS = sorted((ROOT / "configs").glob("*.py"))
+each_config = pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+
+
+def written(tmp_path, *lines) -> pathlib.Path:
+    """A configuration file with these lines between `default()` and its return."""
+    path = tmp_path / "mine.py"
+    body = "\n".join(f"    {line}" for line in ("config = base.default()", *lines, "return config"))
+    path.write_text(f"from duc_dlc_jax import config as base\n\n\ndef get_config():\n{body}\n")
+    return path
+
+
+# Wrong configurations
+
+
+@pytest.mark.parametrize(
+    ("wrong", "nearest"),
+    [
+        ("train.batchsize", "train.batch_size"),
+        ("train.batch_sise", "train.batch_size"),
+        ("model.dlc_rate", "model.dlc_rates"),
+        ("optimiser.momentum", "optimizer.momentum"),
+        ("sede", "seed"),
+    ],
+)
+def test_an_unknown_field_gives_the_nearest_name(wrong, nearest):
+    with pytest.raises(config_lib.ConfigError) as error:
+        config_lib.check_field_name(wrong)
+    assert str(error.value) == f"unknown configuration field {wrong}; the nearest one is {nearest}"
+    config_lib.check_field_name(nearest)
+
+
+@pytest.mark.parametrize("form", ["--config.train.epoch=3", "-config.train.epoch=3"])
+def test_an_unknown_field_on_the_command_line_ends_in_one_line(form, capsys):
+    with pytest.raises(SystemExit) as end:
+        cli._parse(["main", "--config=configs/demo.py", form])
+    assert end.value.code == 2
+    expected = "error: unknown configuration field train.epoch; the nearest one is train.epochs\n"
+    assert capsys.readouterr().err == expected
+
+
+def test_an_unknown_field_in_a_file(tmp_path):
+    path = written(tmp_path, "config.train.epoch = 3.0")
+    with pytest.raises(AttributeError, match=r'Did you mean "epochs" instead of "epoch"'):
+        config_lib.load(str(path))
+    path = written(tmp_path, "config.unlock()", "config.train.epoch = 3.0")
+    with pytest.raises(config_lib.ConfigError, match=r"train\.epoch; .* is train\.epochs"):
+        config_lib.load(str(path))
+
+
+@pytest.mark.parametrize("name", list(config_lib.CHOICES))
+def test_a_bad_choice_lists_the_allowed_ones(name):
+    config = config_lib.default()
+    config_lib.validate(config)
+    allowed = config_lib.CHOICES[name]
+    for value in allowed:
+        config.update_from_flattened_dict({name: value})
+        config_lib.validate(config)
+    bad = 7 if isinstance(allowed[0], int) else "other"
+    config.update_from_flattened_dict({name: bad})
+    with pytest.raises(config_lib.ConfigError) as error:
+        config_lib.validate(config)
+    listed = ", ".join(repr(value) for value in allowed)
+    assert str(error.value) == f"{name}={bad!r}; allowed: {listed}"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train.batch_size": 0}, r"train\.batch_size=0; it must be positive"),
+        ({"data.crop_size": -4}, r"data\.crop_size=-4; it must be positive"),
+        ({"data.scale_max": 0.25}, r"data\.scale_max=0\.25 is below data\.scale_min=0\.5"),
+        ({"train.epochs": 0.0}, "train.steps and train.epochs are both 0"),
+    ],
+)
+def test_values_out_of_range(changes, message):
+    config = config_lib.default()
+    config.update_from_flattened_dict(changes)
+    with pytest.raises(config_lib.ConfigError, match=message):
+        config_lib.validate(config)
+
+
+def test_a_batch_that_does_not_divide_shows_the_arithmetic():
+    with pytest.raises(config_lib.ConfigError) as error:
+        sharding.check_batch(30, 8)
+    assert str(error.value) == (
+        "train.batch_size=30 does not divide over 8 devices (30 = 3 x 8 + 6); use 24 or 32"
+    )
+    with pytest.raises(config_lib.ConfigError, match=r"\(3 = 0 x 8 \+ 3\); use 8$"):
+        sharding.check_batch(3, 8)
+    sharding.check_batch(16, 8)
+    sharding.check_batch(1, 1)
+
+
+def test_training_checks_the_batch_before_anything_else(monkeypatch, tmp_path):
+    train = pytest.importorskip("duc_dlc_jax.train")
+    monkeypatch.setattr(train.sharding, "data_mesh", lambda: SimpleNamespace(size=7))
+    config = config_lib.load("configs/demo.py")
+    config.data.dir = str(tmp_path)
+    with pytest.raises(config_lib.ConfigError, match=r"16 = 2 x 7 \+ 2\); use 14 or 21"):
+        train.train(config, tmp_path / "run")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_unknown_file_lists_the_packaged_ones():
+    with pytest.raises(config_lib.ConfigError, match=r"configs/nope\.py; .*configs/demo\.py"):
+        config_lib.find("configs/nope.py")
+
+
+def test_packaged_files_are_found_from_anywhere(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert pathlib.Path(config_lib.find("configs/demo.py")).name == "demo.py"
+    assert config_lib.load("configs/demo.py").data.name == "scenes"
+
+
+def test_missing_data_end_at_once_with_the_folder_and_the_command(tmp_path):
+    """As a stranger would meet it: the first command, in an empty folder, without data."""
+    command = [sys.executable, "-m", "duc_dlc_jax.main", "--config=configs/cityscapes.py"]
+    command += [f"--workdir={tmp_path / 'run'}", f"--config.data.dir={tmp_path / 'data'}"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert result.returncode == 2
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith("error: no prepared records of 'cityscapes' in ")
+    assert str(tmp_path / "data" / "cityscapes") in last
+    prepare = "python -m duc_dlc_jax.data.prepare --dataset=cityscapes --raw_dir="
+    assert prepare in last
+    assert last.endswith(f"--data_dir={tmp_path / 'data'}")
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+# The configurations that come with the package
+
+
+def differences(config, other) -> set[str]:
+    new, old = dict(config_lib.fields(config)), dict(config_lib.fields(other))
+    return {name for name in new if new[name] != old[name]}
+
+
+@each_config
+def test_each_configuration_loads_and_says_how_it_runs(path):
+    config = config_lib.load(str(path))
+    config_lib.validate(config)
+    text = path.read_text()
+    docstring = ast.get_docstring(ast.parse(text))
+    command = f"Command   python -m duc_dlc_jax.main --config=configs/{path.name} --workdir="
+    assert command in docstring
+    assert re.search(r"^Hardware  \S", docstring, re.MULTILINE)
+    parent = re.search(r'base\.load\("(.+?)"\)', text)
+    if parent:
+        assert len(differences(config, config_lib.load(parent[1]))) <= 10
+    else:
+        assert len(differences(config, config_lib.default())) <= 20
+
+
+@each_config
+def test_json_gives_the_same_configuration(path):
+    config = config_lib.load(str(path))
+    again = config_lib.from_json(config_lib.to_json(config))
+    assert list(config_lib.fields(again)) == list(config_lib.fields(config))
+    assert again.model.dlc_rates == (3, 6, 12, 18)
+    assert again.is_locked
+
+
+def test_json_of_an_older_version_takes_the_new_defaults():
+    config = config_lib.from_json('{"seed": 3, "train": {"steps": 5}}')
+    expected = config_lib.default()
+    expected.update({"seed": 3, "train": {"steps": 5}})
+    assert list(config_lib.fields(config)) == list(config_lib.fields(expected))
+    with pytest.raises(config_lib.ConfigError, match=r"train\.stepz; .* train\.steps$"):
+        config_lib.from_json('{"train": {"stepz": 5}}')
+
+
+# No dead fields
+
+# Names that stand for a whole section where it was handed on: (file, name) by section.
+HANDED_ON = {
+    "data": {
+        ("data/pipeline.py", "data"),
+        ("data/transforms.py", "self"),
+        ("data/transforms.py", "config"),
+    },
+    "model": {("models/segmenter.py", "self"), ("models/segmenter.py", "model")},
+    "optimizer": {("optimizer.py", "config")},
+}
+
+
+def sources() -> dict[str, str]:
+    package = ROOT / "duc_dlc_jax"
+    paths = [p for p in package.rglob("*.py") if p != package / "config.py"]
+    return {p.relative_to(package).as_posix(): p.read_text() for p in paths}
+
+
+def unread_fields(config, texts: dict[str, str]) -> set[str]:
+    """Fields that no code reads: neither `<...>.section.field` nor through a section handed on."""
+    read = set()
+    for file, text in texts.items():
+        for node in ast.walk(ast.parse(text)):
+            if not isinstance(node, ast.Attribute) or not isinstance(node.ctx, ast.Load):
+                continue
+            owner = node.value
+            if isinstance(owner, ast.Attribute):
+                read.add(f"{owner.attr}.{node.attr}")
+            elif isinstance(owner, ast.Name):
+                if owner.id == "config":
+                    read.add(node.attr)
+                for section, names in HANDED_ON.items():
+                    if (file, owner.id) in names:
+                        read.add(f"{section}.{node.attr}")
+    return {name for name, _ in config_lib.fields(config)} - read
+
+
+def test_every_field_is_read():
+    assert unread_fields(config_lib.default(), sources()) == set()
+
+
+@pytest.mark.parametrize("name", ["made_up", "data.made_up", "model.made_up", "loss.momentum"])
+def test_a_field_that_nothing_reads_is_found(name):
+    """loss.momentum: that another section's field of this name has readers does not help it."""
+    config = config_lib.default().unlock()
+    section, _, field = name.rpartition(".")
+    (config[section] if section else config)[field] = 1
+    assert unread_fields(config, sources()) == {name}
+
+
+@pytest.mark.parametrize("name", ["train.log_every", "optimizer.clip_norm", "data.rotate_degrees"])
+def test_a_field_whose_reader_goes_is_found(name):
+    field = name.partition(".")[2]
+    texts = {file: re.sub(rf"\.{field}\b", ".other", text) for file, text in sources().items()}
+    assert unread_fields(config_lib.default(), texts) == {name}
+
+
+def test_a_field_is_not_read_through_another_section():
+    """train.batch_size and eval.batch_size each need their own reader."""
+    text = sources()["train.py"]
+    for kept, gone in (("train", "eval"), ("eval", "train")):
+        one = text.replace(f"config.{gone}.batch_size", f"config.{kept}.batch_size")
+        unread = unread_fields(config_lib.default(), {"train.py": one})
+        assert f"{gone}.batch_size" in unread
+        assert f"{kept}.batch_size" not in unread

@@ -1,0 +1,111 @@
+"""`duc_dlc_jax.describe`: the figures of a configuration, as JSON and as text."""
+
+from __future__ import annotations
+
+import json
+import math
+import pathlib
+import re
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+from runs import tiny_config
+
+from duc_dlc_jax import config as config_lib
+from duc_dlc_jax import describe
+from duc_dlc_jax.models import segmenter
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def demo():
+    """The configuration and what the command prints for it with --json."""
+    command = [sys.executable, "-m", "duc_dlc_jax.describe", "--config=configs/demo.py", "--json"]
+    command.append("--config.data.crop_size=160")
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert result.returncode == 0, result.stderr
+    config = config_lib.load("configs/demo.py")
+    config.data.crop_size = 160
+    return config, json.loads(result.stdout)
+
+
+def test_json_is_what_the_library_computes(demo):
+    config, printed = demo
+    assert printed == json.loads(json.dumps(describe.describe(config)))
+
+
+def test_figures(demo):
+    _, printed = demo
+    classes, width = printed["classes"], 64 + 4 * 32
+    assert printed["data set"] == "scenes"
+    assert printed["image"] == [160, 160]
+    assert list(printed["grids"].values()) == [[160, 160], [40, 40], [20, 20], [5, 5]]
+    assert printed["receptive_field_dlc"] == [7, 19, 43, 79]
+    assert set(printed["parameters"]) == {"backbone", "duc", "dlc", "classifier"}
+    assert printed["parameters"]["classifier"] == (width + 1) * classes
+    assert printed["macs"]["classifier"] == width * classes * 20 * 20
+    assert printed["macs"]["dlc"] == 20 * 20 * dlc_weights(16 * 8 + 64, 64, 32)
+
+
+def dlc_weights(inputs, width, growth) -> int:
+    """Weights of DLC's convolutions: the reduction, then 1x1 and 3x3 of four branches."""
+    branches = sum((width + i * growth) * growth + 9 * growth * growth for i in range(4))
+    return inputs * width + branches
+
+
+def test_text_has_the_same_figures(demo):
+    _, printed = demo
+    lines = describe.text(printed).splitlines()
+    assert lines[0].startswith(f"scenes, {printed['classes']} classes; ")
+    assert "160x160" in lines[0]
+    table = dict(re.findall(r"^(\w+) +([\d,]+) +[\d.]+$", "\n".join(lines), re.MULTILINE))
+    counts = {part: int(count.replace(",", "")) for part, count in table.items()}
+    total = counts.pop("total")
+    assert counts == printed["parameters"]
+    assert total == sum(counts.values())
+    work = next(line for line in lines if line.startswith("total")).split()[-1]
+    assert work == f"{sum(printed['macs'].values()) / 1e9:.2f}"
+    assert "grid of layer4 (1/32): 5 x 5" in lines
+    assert "receptive field of DLC's cascade: 7 -> 19 -> 43 -> 79 cells of 1/8" in lines
+    assert lines[-1] == f"train state: {printed['train_state_bytes'] / 2**20:.0f} MiB"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("ema", [0.0, 0.99])
+def test_bytes_of_the_train_state(dtype, ema):
+    """Parameters, momentum, statistics, two int32 counters; EMA adds parameters and statistics."""
+    config = tiny_config("", model__dtype=dtype, optimizer__ema_decay=ema)
+    model = segmenter.create(config.model, 5)
+    image = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.uint8)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), image)
+    params, stats = (
+        sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes[name]))
+        for name in ("params", "batch_stats")
+    )
+    assert params == sum(describe.parameters(model).values())
+    expected = 4 * (2 * params + stats) + 2 * 4
+    if ema:
+        expected += 4 * (params + stats)
+    assert describe.state_bytes(config, model) == expected
+
+
+def test_a_configuration_that_cannot_run_is_refused():
+    config = config_lib.load("configs/demo.py")
+    config.model.output_stride = 4
+    with pytest.raises(config_lib.ConfigError, match=r"model\.output_stride=4; allowed: 32, 16, 8"):
+        describe.describe(config)
+
+
+def test_the_paper_network_on_cityscapes_has_its_documented_size():
+    config = config_lib.load("configs/cityscapes.py")
+    config.model.depth = 14  # the heads do not know the depth
+    figures = describe.describe(config)
+    assert figures["classes"] == 19
+    parts = figures["parameters"]
+    assert parts["duc"] == 10_788_224
+    assert parts["dlc"] + parts["classifier"] == 1_497_107
+    assert figures["image"] == [768, 768]

@@ -1,0 +1,232 @@
+"""The whole way on a tiny network: records -> training -> checkpoints -> evaluation -> masks."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+from runs import command, environment, run, saved_state, tiny_config
+
+from duc_dlc_jax import evaluate, predict, workdirs
+from duc_dlc_jax import train as train_module
+from duc_dlc_jax.data import pipeline
+from duc_dlc_jax.train import train
+
+
+@pytest.fixture(scope="module")
+def trained(scenes_dir, tmp_path_factory):
+    """(workdir, scores) of six steps without a break."""
+    workdir = tmp_path_factory.mktemp("run")
+    return workdir, train(tiny_config(scenes_dir), workdir)
+
+
+class Killed(BaseException):
+    """Stands for whatever ends a process between two steps."""
+
+
+def interrupt_after(monkeypatch, batches):
+    original = pipeline.train_iterator
+
+    def limited(*args, **kwargs):
+        for count, batch in enumerate(original(*args, **kwargs)):
+            if count == batches:
+                raise Killed
+            yield batch
+
+    monkeypatch.setattr(pipeline, "train_iterator", limited)
+
+
+def assert_same_state(first, second):
+    assert first.keys() == second.keys()
+    for name in first:
+        np.testing.assert_array_equal(first[name], second[name], err_msg=name)
+
+
+def test_workdir_holds_what_the_docs_say(trained):
+    workdir, scores = trained
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 4, 6, 6]
+    for name in ("loss", "learning_rate", "images_per_second", "data_wait_share"):
+        assert all(np.isfinite(line[f"train/{name}"]) for line in lines[:3])
+    assert lines[-1]["val/mIoU"] == pytest.approx(scores["mIoU"])
+    assert "val_iou/pole" in lines[-1]
+    assert json.loads((workdir / "config.json").read_text())["train"]["steps"] == 6
+    assert "backbone/conv1/kernel" in (workdir / "parameters.txt").read_text()
+    assert list(workdir.glob("events.out.tfevents*"))
+    (picture,) = (workdir / "pictures" / "step-6").iterdir()
+    assert Image.open(picture).size == (3 * 256, 192)
+
+
+def test_every_pixel_is_counted_once(trained, scenes_dir):
+    _, scores = trained
+    records = pipeline.open_records(tiny_config(scenes_dir).data, "val")
+    valid = sum((records[i]["label"] != 255).sum() for i in range(len(records)))
+    assert scores["matrix"].sum() == valid
+    assert scores["images"] == len(records) == 40
+
+
+def test_interrupted_run_equals_the_uninterrupted_bit_for_bit(
+    trained, scenes_dir, tmp_path, monkeypatch
+):
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 5)
+        with pytest.raises(Killed):
+            train(tiny_config(scenes_dir), tmp_path)
+    scores = train(tiny_config(scenes_dir), tmp_path)
+    assert_same_state(saved_state(tmp_path, 6), saved_state(trained[0], 6))
+    np.testing.assert_array_equal(scores["matrix"], trained[1]["matrix"])
+
+
+def test_planted_fault_iterator_restarted(trained, scenes_dir, tmp_path, monkeypatch):
+    """A resumed run that reads its data from the beginning again ends elsewhere."""
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 5)
+        with pytest.raises(Killed):
+            train(tiny_config(scenes_dir), tmp_path)
+    original = pipeline.train_iterator
+    monkeypatch.setattr(
+        pipeline, "train_iterator", lambda *a, **k: original(*a, **(k | {"start_step": 0}))
+    )
+    train(tiny_config(scenes_dir), tmp_path)
+    with pytest.raises(AssertionError):
+        assert_same_state(saved_state(tmp_path, 6), saved_state(trained[0], 6))
+
+
+def test_finished_run_started_again_only_evaluates(trained, scenes_dir, capfd):
+    workdir, scores = trained
+    before = saved_state(workdir, 6)
+    again = train(tiny_config(scenes_dir), workdir)
+    assert_same_state(before, saved_state(workdir, 6))
+    assert again["mIoU"] == scores["mIoU"]
+    assert "step 6/6" not in capfd.readouterr().err
+
+
+def test_a_loss_that_is_not_finite_stops_before_saving(scenes_dir, tmp_path, monkeypatch):
+    original = train_module._compiled
+
+    def broken(*args):
+        step = original(*args)
+
+        def run(state, batch):
+            state, metrics = step(state, batch)
+            return state, metrics | {"loss": metrics["loss"] * np.nan}
+
+        return run
+
+    monkeypatch.setattr(train_module, "_compiled", broken)
+    with pytest.raises(FloatingPointError, match=r"optimizer\.learning_rate"):
+        train(tiny_config(scenes_dir), tmp_path)
+    assert not list((tmp_path / "checkpoints").glob("[0-9]*"))
+
+
+def test_evaluation_does_not_depend_on_the_batch(trained, scenes_dir):
+    workdir, scores = trained
+    run = workdirs.load(workdir)
+    records = pipeline.open_records(run.config.data, "val")
+    for batch in (3, 1):
+        again, _ = evaluate.Evaluator(run.model, run.spec, batch).run(
+            run.variables, pipeline.eval_examples(records)
+        )
+        assert abs(again["matrix"] - scores["matrix"]).sum() <= 8  # arg-max ties by rounding
+        assert again["matrix"].sum() == scores["matrix"].sum()
+
+
+def test_images_of_several_sizes_evaluate_together(trained):
+    run = workdirs.load(trained[0])
+    rng = np.random.default_rng(0)
+
+    def example(height, width):
+        image = rng.integers(0, 256, (height, width, 3), np.uint8)
+        return {"image": image, "label": np.zeros((height, width), np.uint8), "name": "x"}
+
+    examples = [example(40, 56), example(33, 47), example(40, 56), example(40, 56)]
+    scores, kept = evaluate.Evaluator(run.model, run.spec, 2).run(run.variables, examples, keep=4)
+    assert scores["matrix"].sum() == 3 * 40 * 56 + 33 * 47
+    predictor = predict.make_predictor(run.model, run.variables)
+    for example in kept:
+        assert (predictor(example["image"]) == example["prediction"]).mean() > 0.999
+
+
+def test_evaluate_command(trained, tmp_path):
+    command = [sys.executable, "-m", "duc_dlc_jax.evaluate", f"--workdir={trained[0]}"]
+    result = run([*command, f"--json={tmp_path / 'scores.json'}"])
+    figures = json.loads((tmp_path / "scores.json").read_text())
+    assert figures["mIoU"] == pytest.approx(trained[1]["mIoU"], abs=1e-5)
+    assert figures["protocol"] in result.stdout
+    assert np.sum(figures["confusion_matrix"]) == trained[1]["matrix"].sum()
+
+
+def test_predict_command(trained, tmp_path):
+    images = tmp_path / "images"
+    (images / "deep").mkdir(parents=True)
+    pixels = np.random.default_rng(0).integers(0, 256, (50, 70, 3), np.uint8)
+    Image.fromarray(pixels).save(images / "deep" / "one.png")
+    (images / "broken.jpg").write_bytes(b"not an image")
+    arguments = ["--input", str(images), "--output", str(tmp_path / "out")]
+    result = run(
+        [sys.executable, "-m", "duc_dlc_jax.predict", f"--model={trained[0]}", *arguments],
+        check=False,
+    )
+    assert result.returncode == 1
+    assert "broken.jpg" in result.stderr
+    ids = Image.open(tmp_path / "out" / "ids" / "deep_one.png")
+    assert ids.mode == "P"
+    loaded = workdirs.load(trained[0])
+    expected = predict.make_predictor(loaded.model, loaded.variables)(pixels)
+    np.testing.assert_array_equal(np.array(ids), expected)
+    colour = np.array(Image.open(tmp_path / "out" / "colour" / "deep_one.png"))
+    np.testing.assert_array_equal(colour, loaded.spec.colourise(expected))
+    with Image.open(tmp_path / "out" / "overlay" / "deep_one.png") as overlay:
+        assert overlay.size == (70, 50)
+
+
+def test_checkpoints_can_be_named(trained):
+    assert workdirs.load(trained[0], "4").step == 4
+    with pytest.raises(FileNotFoundError, match="no checkpoint of step 3"):
+        workdirs.load(trained[0], "3")
+    with pytest.raises(ValueError, match="best, latest, a step"):
+        workdirs.load(trained[0], "newest")
+
+
+def test_trains_without_tensorflow(scenes_dir, tmp_path):
+    """JSON lines and one warning instead of TensorBoard events."""
+    program = f"""
+import sys, runpy
+
+class Without:
+    def __init__(self, finder):
+        self.finder = finder
+    def find_spec(self, name, *rest):
+        hidden = name.split(".")[0] == "tensorflow"
+        return None if hidden else self.finder.find_spec(name, *rest)
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+
+sys.meta_path[:] = [Without(finder) for finder in sys.meta_path]
+sys.argv = {command(scenes_dir, tmp_path)[2:]!r}
+runpy.run_module("duc_dlc_jax.main", run_name="__main__")
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", program], env=environment(), capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    assert result.stderr.count("no TensorBoard events") == 1
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 4
+    assert not list(tmp_path.glob("events*"))
+
+
+def test_average_is_kept_and_evaluated(scenes_dir, tmp_path):
+    train(tiny_config(scenes_dir, optimizer__ema_decay=0.9, train__steps=2), tmp_path)
+    state = saved_state(tmp_path, 2)
+    name = "['classifier']['kernel']"
+    average, last = state[f"['ema']['params']{name}"], state[f"['params']{name}"]
+    assert not np.array_equal(average, last)
+    loaded = workdirs.load(tmp_path)
+    np.testing.assert_array_equal(loaded.variables["params"]["classifier"]["kernel"], average)
+    statistics = loaded.variables["batch_stats"]["backbone"]["bn1"]["mean"]
+    np.testing.assert_array_equal(
+        statistics, state["['ema']['batch_stats']['backbone']['bn1']['mean']"]
+    )
+    assert not np.array_equal(statistics, state["['batch_stats']['backbone']['bn1']['mean']"])

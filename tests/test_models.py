@@ -1,0 +1,703 @@
+"""The network against the numbers of docs/network.md, and its layers against plain formulas."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from runs import tiny_config
+
+from duc_dlc_jax import config as config_lib
+from duc_dlc_jax import describe, optimizer, train_step
+from duc_dlc_jax.models import layers, segmenter
+from duc_dlc_jax.models.dlc import DLC
+from duc_dlc_jax.models.duc import DUC
+from duc_dlc_jax.models.resnet import ResNet
+
+# Compiling dominates these tests: the programs run once on tiny arrays.
+QUICK = {
+    "xla_backend_optimization_level": 0,
+    "xla_llvm_disable_expensive_passes": True,
+    "xla_cpu_use_fusion_emitters": False,
+}
+jit = functools.partial(jax.jit, compiler_options=QUICK)
+IMAGE = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.uint8)
+
+
+def shapes_of(model, image=IMAGE):
+    return jax.eval_shape(model.init, jax.random.key(0), image)
+
+
+def random_variables(model, seed=0, image=IMAGE):
+    """{params, batch_stats} drawn by NumPy, without compiling; variances are positive."""
+    rng = np.random.default_rng(seed)
+
+    def draw(path, leaf):
+        name, values = path[-1].key, rng.normal(size=leaf.shape)
+        if name == "kernel":
+            values /= math.sqrt(math.prod(leaf.shape[:-1]))
+        elif name in ("scale", "var"):
+            values = rng.uniform(0.5, 1.5, leaf.shape)
+        else:
+            values *= 0.1
+        return jnp.asarray(values, leaf.dtype)
+
+    shapes = shapes_of(model, image)
+    shapes = {name: shapes[name] for name in ("params", "batch_stats") if name in shapes}
+    return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+# Parameters and multiply-adds
+
+BACKBONE = {50: 23_508_032, 101: 42_500_160, 152: 58_143_808, 269: 100_024_384}
+DEEP = {50: 23_631_808, 101: 42_623_936, 152: 58_267_584, 269: 100_148_160}
+WITH_FC = {50: 25_557_032, 101: 44_549_160, 152: 60_192_808, 269: 102_073_384}
+GMACS = {50: 18.77, 101: 35.81, 152: 52.86, 269: 91.96}
+WHOLE = {  # by depth: 150, 59 and 19 classes
+    50: (35_927_638, 35_834_363, 35_793_363),
+    101: (54_919_766, 54_826_491, 54_785_491),
+    152: (70_563_414, 70_470_139, 70_429_139),
+    269: (112_443_990, 112_350_715, 112_309_715),
+}
+DEPTHS = pytest.mark.parametrize("depth", list(BACKBONE))
+
+
+@functools.cache
+def network(classes=150, **changes):
+    c = config_lib.default()
+    c.model.update(changes)
+    return segmenter.create(c.model, classes)
+
+
+@functools.cache
+def parameters(classes=150, **changes):
+    return describe.parameters(network(classes, **changes))
+
+
+@functools.cache
+def gmacs(**changes):
+    """Part -> 1e9 multiply-adds at 480 x 480, to two decimals."""
+    counts = describe.macs(network(**changes), 480, 480)
+    return {part: round(count / 1e9, 2) for part, count in counts.items()}
+
+
+@DEPTHS
+def test_parameters_of_the_backbone(depth):
+    count = parameters(depth=depth)["backbone"]
+    assert count == BACKBONE[depth]
+    assert count + 2048 * 1000 + 1000 == WITH_FC[depth]
+
+
+@DEPTHS
+def test_parameters_of_the_whole_network(depth):
+    parts = parameters(depth=depth)
+    assert sum(parts.values()) == WHOLE[depth][0]
+    for classes, total in zip((59, 19), WHOLE[depth][1:], strict=True):
+        others = parameters(classes, depth=14)  # the heads do not know the depth
+        assert sum(others.values()) - others["backbone"] + parts["backbone"] == total
+
+
+@DEPTHS
+def test_parameters_of_the_deep_stem(depth):
+    """Traced at the smallest depth: the stem does not know the depth."""
+    more = parameters(depth=14, stem="deep")["backbone"] - parameters(depth=14)["backbone"]
+    assert parameters(depth=depth)["backbone"] + more == DEEP[depth]
+
+
+def test_parameters_of_duc():
+    assert parameters(depth=50)["duc"] == 10_788_224
+    duc = shapes_of(network(depth=14))["params"]["duc"]
+    groups = {
+        "g": (4_480, ["g_conv1", "g_bn", "g_conv2"]),
+        "stride-4": (295_936, ["guidance_conv", "guidance_bn"]),
+        "dilated": (9_438_208, ["low_conv", "low_bn"]),
+        "coefficients": (1_049_600, ["coefficients_low", "coefficients_guidance"]),
+    }
+    assert sorted(duc) == sorted(name for _, names in groups.values() for name in names)
+    for group, (expected, names) in groups.items():
+        leaves = jax.tree.leaves([duc[name] for name in names])
+        assert sum(math.prod(leaf.shape) for leaf in leaves) == expected, group
+
+
+def test_parameters_of_dlc_with_its_classifier():
+    parts = parameters(19, depth=14)
+    assert parts["dlc"] + parts["classifier"] == 1_497_107
+    dlc = shapes_of(network(depth=14))["params"]["dlc"]
+    convolutions = [v for name, v in dlc.items() if "conv" in name]
+    assert sum(math.prod(x.shape) for x in jax.tree.leaves(convolutions)) == 1_474_560
+    assert parts["dlc"] - 1_474_560 == 3_072
+    assert parts["classifier"] == 19_475
+
+
+def test_parameters_of_the_auxiliary_head():
+    parts = parameters(depth=14, aux_head=True)
+    assert sum(n for part, n in parts.items() if part.startswith("aux_")) == 2_398_358
+    assert {name: n for name, n in parts.items() if not name.startswith("aux_")} == parameters(
+        depth=14
+    )
+
+
+@DEPTHS
+def test_multiply_adds_of_the_backbone(depth):
+    assert gmacs(depth=depth)["backbone"] == GMACS[depth]
+
+
+@pytest.mark.parametrize(("output_stride", "expected"), [(16, 28.50), (8, 87.60)])
+def test_multiply_adds_of_the_backbone_at_finer_strides(output_stride, expected):
+    assert gmacs(depth=50, output_stride=output_stride)["backbone"] == expected
+
+
+def test_multiply_adds_of_the_heads():
+    heads = {"duc": 9.36, "dlc": 5.31, "classifier": 0.55}
+    assert gmacs(depth=50) == {"backbone": 18.77, **heads}
+    assert gmacs(depth=14, commute_coefficients=False)["duc"] == 11.13
+
+
+# Receptive field
+
+
+def measured_fields(rates) -> list[tuple[int, int]]:
+    """(height, width) of the input that each stage of DLC's cascade sees from one cell.
+
+    Weights, input and statistics are positive and BN is an affine map, so that every ReLU is
+    linear and no contribution cancels: the gradient is non-zero just where a cell is seen.
+    """
+    reach = sum(rates) + 2
+    model = DLC(
+        1, 1, rates, layers.Conv, functools.partial(layers.BatchNorm, use_running_average=True)
+    )
+    x = jnp.ones((1, 2 * reach + 1, 2 * reach + 1, 1))
+    variables = shapes_of(model, x)
+    variables = jax.tree.map(lambda leaf: jnp.ones(leaf.shape), variables)
+    stages = jit(jax.jacrev(lambda x: model.apply(variables, x)[0, reach, reach]))(x)[:, 0, :, :, 0]
+    fields = []
+    for seen in np.asarray(stages) > 0:
+        extent = [np.flatnonzero(seen.any(axis)) for axis in (1, 0)]
+        assert all(cells[0] + cells[-1] == 2 * reach for cells in extent)  # centred
+        fields.append(tuple(int(cells[-1] - cells[0]) + 1 for cells in extent))
+    return fields
+
+
+def test_receptive_field_formula():
+    assert [describe.receptive_field([rate])[0] for rate in (3, 6, 12, 18)] == [7, 13, 25, 37]
+    assert describe.receptive_field((3, 6, 12, 18)) == [7, 19, 43, 79]
+
+
+@pytest.mark.parametrize("rates", [(3, 6, 12, 18), (3, 6, 12, 17)])
+def test_receptive_field_measured(rates):
+    """Channels of DLC's output: the reduced input, which sees one cell, then each branch."""
+    expected = [1, *describe.receptive_field(rates)]
+    assert measured_fields(rates) == [(field, field) for field in expected]
+
+
+# Grids and dilations
+
+
+@pytest.mark.parametrize("size", [(480, 480), (481, 473), (33, 97), (50, 63)])
+@pytest.mark.parametrize("output_stride", [32, 16, 8])
+def test_grids_have_ceil_of_size_over_stride_cells(output_stride, size):
+    config = tiny_config("", model__output_stride=output_stride)
+    model = segmenter.create(config.model, 5)
+    backbone = ResNet(14, 8, "plain", "3x3", output_stride, layers.Conv, layers.BatchNorm)
+    image = jnp.zeros((2, *size, 3))
+    outputs = jax.eval_shape(backbone.init_with_output, jax.random.key(0), image)[0]
+    strides = [4, 8, min(16, output_stride), output_stride]
+    expected = [tuple(-(-n // s) for n in size) for s in strides]
+    assert [o.shape[1:3] for o in outputs] == expected
+    assert [o.shape[-1] for o in outputs] == [32, 64, 128, 256]
+    grids = list(describe.grids(*size, output_stride).values())
+    assert grids == [size, expected[0], expected[1], expected[3]]
+    logits = jax.eval_shape(model.init_with_output, jax.random.key(0), image)[0]
+    assert logits.shape == (2, *size, 5)
+
+
+def convolutions(model):
+    """Path -> its Conv module, for every convolution of the network."""
+    found = {}
+
+    def note(call, args, kwargs, context):
+        if isinstance(context.module, layers.Conv):
+            found["/".join(context.module.path)] = context.module
+        return call(*args, **kwargs)
+
+    with nn.intercept_methods(note):
+        shapes_of(model)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("output_stride", "layer3", "layer4"),
+    [
+        (32, [(2, 1), (1, 1)], [(2, 1), (1, 1)]),
+        (16, [(2, 1), (1, 1)], [(1, 1), (1, 2)]),
+        (8, [(1, 1), (1, 2)], [(1, 2), (1, 4)]),
+    ],
+)
+@pytest.mark.parametrize("stride_on", ["3x3", "1x1"])
+def test_strides_and_dilations_of_the_blocks(stride_on, output_stride, layer3, layer4):
+    config = tiny_config(
+        "", model__depth=26, model__stride_on=stride_on, model__output_stride=output_stride
+    )
+    found = convolutions(segmenter.create(config.model, 5))
+    for layer, expected in {"layer2": [(2, 1), (1, 1)], "layer3": layer3, "layer4": layer4}.items():
+        for block, (stride, dilation) in enumerate(expected):
+            first, second = (found[f"backbone/{layer}_{block}/conv{i}"] for i in (1, 2))
+            assert second.dilation == dilation
+            strides = (1, stride) if stride_on == "3x3" else (stride, 1)
+            assert (first.stride, second.stride) == strides
+    for rate in (3, 6, 12, 18):
+        assert found[f"dlc/d{rate}_conv2"].dilation == rate
+    assert (found["duc/low_conv"].kernel, found["duc/low_conv"].dilation) == (3, 2)
+    assert (found["duc/guidance_conv"].kernel, found["duc/guidance_conv"].stride) == (3, 4)
+
+
+def test_auxiliary_logits_in_training_alone():
+    model = segmenter.create(tiny_config("", model__aux_head=True).model, 5)
+    variables = {k: v for k, v in shapes_of(model).items() if k != "intermediates"}
+
+    def collections(train):
+        apply = functools.partial(
+            model.apply, train=train, mutable=["batch_stats", "intermediates"]
+        )
+        rngs = {"dropout": jax.random.key(0)}
+        return jax.eval_shape(lambda v, x: apply(v, x, rngs=rngs), variables, IMAGE)[1]
+
+    (aux,) = collections(True)["intermediates"]["aux_logits"]
+    assert aux.shape == (1, 64, 64, 5)
+    assert "intermediates" not in collections(False)
+
+
+def test_dropout_of_whole_channels_before_the_classifier():
+    model = nn.Dropout(0.5, broadcast_dims=(1, 2), deterministic=False)
+    found = []
+
+    def note(call, args, kwargs, context):
+        if isinstance(context.module, nn.Dropout):
+            found.append((context.module.rate, context.module.broadcast_dims, args[0].shape[-1]))
+        return call(*args, **kwargs)
+
+    config = tiny_config("", model__dropout=0.25)
+    with nn.intercept_methods(note):
+        shapes_of(segmenter.create(config.model, 5))
+    assert found == [(0.25, (1, 2), 16 + 4 * 8)]
+    kept = np.asarray(model.apply({}, jnp.ones((1, 4, 4, 64)), rngs={"dropout": jax.random.key(0)}))
+    assert {len(np.unique(kept[..., c])) for c in range(64)} == {1}
+
+
+# DUC
+
+
+@pytest.fixture(scope="module")
+def duc():
+    """Both orders of the coefficient convolution in float64, and what they are made of."""
+    with jax.enable_x64(True):
+        dtype = jnp.float64
+        rng = np.random.default_rng(0)
+        image, middle, low = (
+            jnp.asarray(rng.normal(size=(2, h, w, c)))
+            for h, w, c in ((50, 63, 3), (7, 8, 6), (2, 2, 10))
+        )
+        results = {}
+        for grid in ("corners", "stride"):
+            for commute in (True, False):
+                model = DUC(
+                    8, 2, 4, 3, 1, commute, 32, grid,
+                    conv=functools.partial(layers.Conv, dtype=dtype),
+                    norm=functools.partial(layers.BatchNorm, use_running_average=True, dtype=dtype),
+                )  # fmt: skip
+                shapes = jax.eval_shape(model.init, jax.random.key(0), image, middle, low)
+                if not results:
+                    variables = random_variables_of(shapes)
+                apply = functools.partial(model.apply, capture_intermediates=True)
+                output, captured = jit(apply)(variables, image, middle, low)
+                results[grid, commute] = np.asarray(output), captured["intermediates"]
+        return results, jax.device_get(variables["params"]), np.asarray(middle)
+
+
+def random_variables_of(shapes):
+    rng = np.random.default_rng(1)
+    return jax.tree.map(lambda leaf: jnp.asarray(rng.uniform(0.1, 1, leaf.shape)), shapes)
+
+
+@pytest.mark.parametrize("grid", ["corners", "stride"])
+def test_commuted_coefficients_are_the_same_numbers(duc, grid):
+    results, _, _ = duc
+    commuted, plain = results[grid, True][0], results[grid, False][0]
+    assert commuted.dtype == np.float64
+    assert np.abs(commuted - plain).max() < 1e-12 * np.abs(plain).max()
+
+
+@pytest.mark.parametrize("grid", ["corners", "stride"])
+def test_coefficients_are_one_convolution_of_the_concatenation(duc, grid):
+    """Eq. 3 in NumPy: [a, b] = [G~, I~] W + bias; O = a G~ + b; output [O, I_m]."""
+    results, params, middle = duc
+    output, captured = results[grid, True]
+    with jax.enable_x64(True):
+        guidance = captured["guidance_bn"]["__call__"][0]
+        low = jnp.maximum(captured["low_bn"]["__call__"][0], 0)
+        guidance, low = (
+            np.asarray(layers.resize_bilinear(x, (7, 8), grid, step))
+            for x, step in ((guidance, 2), (low, 0.25))
+        )
+    halves = params["coefficients_guidance"]["kernel"], params["coefficients_low"]["kernel"]
+    weight = np.concatenate(halves, axis=2)[0, 0]
+    assert weight.shape == (16, 16)
+    coefficients = np.concatenate([guidance, low], axis=-1) @ weight
+    coefficients += params["coefficients_guidance"]["bias"]
+    a, b = coefficients[..., :8], coefficients[..., 8:]
+    expected = np.concatenate([a * guidance + b, middle], axis=-1)
+    assert np.abs(output - expected).max() < 1e-12 * np.abs(expected).max()
+
+
+# Resizing
+
+
+def sampled(x, size, position):
+    """x [h, w] at (position(0, i), position(1, j)), bilinear, written as loops."""
+    result = np.zeros(size)
+    for i in range(size[0]):
+        for j in range(size[1]):
+            y, z = position(0, i), position(1, j)
+            top, left = min(int(y), x.shape[0] - 1), min(int(z), x.shape[1] - 1)
+            for row, weight_row in ((top, 1 - (y - top)), (top + 1, y - top)):
+                for column, weight in ((left, 1 - (z - left)), (left + 1, z - left)):
+                    if weight_row * weight > 0:
+                        result[i, j] += weight_row * weight * x[row, column]
+    return result
+
+
+@pytest.mark.parametrize(
+    ("source", "size", "step"), [((2, 3), (7, 9), 0.25), ((8, 7), (4, 4), 2), ((5, 1), (9, 3), 0.5)]
+)
+@pytest.mark.parametrize("grid", ["corners", "stride"])
+def test_resize_equals_its_formula(grid, source, size, step):
+    x = np.random.default_rng(0).normal(size=source)
+
+    def position(axis, index):
+        if grid == "corners":  # ends on ends
+            return index * (source[axis] - 1) / (size[axis] - 1)
+        return min(index * step, source[axis] - 1)
+
+    with jax.enable_x64(True):
+        both = jnp.stack([jnp.asarray(x), 2 * jnp.asarray(x)], -1)[None]
+        ours = np.asarray(layers.resize_bilinear(both, size, grid, step))
+    expected = sampled(x, size, position)
+    np.testing.assert_allclose(ours[0, ..., 0], expected, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(ours[0, ..., 1], 2 * expected, rtol=0, atol=1e-12)
+
+
+def test_stride_grid_clamps_to_the_last_cell():
+    matrix = layers.interpolation_matrix(3, 6, "stride", 0.5)
+    np.testing.assert_array_equal(matrix @ [0, 10, 20], [0, 5, 10, 15, 20, 20])
+    np.testing.assert_array_equal(layers.interpolation_matrix(6, 3, "stride", 2), np.eye(6)[::2])
+
+
+def shifts(size, grid) -> dict[str, np.ndarray]:
+    """Pixels by which each resize of the network moves its input along one axis.
+
+    Cell i of a strided convolution lies on pixel stride * i: resizing these positions and comparing
+    them with the target's own positions gives the shift.
+    """
+    cells = {stride: -(-size // stride) for stride in (1, 4, 8, 32)}
+    resizes = {"low": (32, 8), "guidance": (4, 8), "logits": (8, 1)}
+    result = {}
+    for name, (source, target) in resizes.items():
+        positions = source * np.arange(cells[source])
+        args = cells[source], cells[target], grid, target / source
+        moved = layers.interpolation_matrix(*args) @ positions
+        result[name] = np.abs(target * np.arange(cells[target]) - moved)
+    return result
+
+
+@pytest.mark.parametrize("size", [33, 65, 481])
+def test_grids_agree_at_multiples_of_32_plus_1(size):
+    for grid in ("corners", "stride"):
+        for name, shift in shifts(size, grid).items():
+            assert shift.max() < 1e-9, (grid, name)
+
+
+def test_corners_moves_features_at_480():
+    moved = shifts(480, "corners")
+    assert moved["low"][0] == 0
+    assert moved["low"][-1] == 24
+    assert moved["low"][29:31].mean() == pytest.approx(12)
+    assert moved["guidance"].max() == pytest.approx(4)
+    assert moved["logits"].max() == pytest.approx(7)
+    assert all(np.all(np.diff(shift) > 0) for shift in moved.values())
+
+
+def test_stride_grid_moves_nothing_but_the_clamped_border_at_480():
+    moved = shifts(480, "stride")
+    assert moved["low"][: 14 * 4 + 1].max() == 0  # the last cell of I_l lies on pixel 448
+    assert moved["low"][57:].tolist() == [8, 16, 24]
+    assert moved["guidance"].max() == 0
+    assert moved["logits"][: 59 * 8 + 1].max() == 0
+    assert moved["logits"].max() == 7
+
+
+# Convolution and pooling
+
+
+def convolution(x, kernel, stride, dilation):
+    """x [B, H, W, C], kernel [k, k, C, F] -> as PyTorch's Conv2d with padding d (k - 1) / 2."""
+    k = len(kernel)
+    pad = dilation * (k - 1) // 2
+    rows, columns = ((n - 1) // stride + 1 for n in x.shape[1:3])
+    x = np.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+    y = np.zeros((len(x), rows, columns, kernel.shape[-1]))
+    for r in range(rows):
+        for c in range(columns):
+            top, left = r * stride, c * stride
+            for i in range(k):
+                for j in range(k):
+                    y[:, r, c] += x[:, top + i * dilation, left + j * dilation] @ kernel[i, j]
+    return y
+
+
+@pytest.mark.parametrize(
+    ("kernel", "stride", "dilation"),
+    [(1, 2, 1), (3, 2, 1), (7, 2, 1), (3, 1, 2), (5, 4, 1), (3, 4, 1)],
+)
+def test_convolution_pads_symmetrically(kernel, stride, dilation):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(2, 8, 6, 3))
+    weight = rng.normal(size=(kernel, kernel, 3, 4))
+    with jax.enable_x64(True):
+        model = layers.Conv(4, kernel, stride, dilation, dtype=jnp.float64)
+        ours = np.asarray(model.apply({"params": {"kernel": weight}}, x))
+        same = jax.lax.conv_general_dilated(
+            x, weight, (stride, stride), "SAME", rhs_dilation=(dilation, dilation),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )  # fmt: skip
+    expected = convolution(x, weight, stride, dilation)
+    np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-12)
+    differs = np.abs(np.asarray(same) - expected).max() > 0.1
+    assert differs == (stride > 1 and kernel > 1)  # even sizes: SAME pads the end alone
+
+
+@pytest.mark.parametrize(("kernel", "stride"), [(3, 4), (3, 3)])
+@pytest.mark.parametrize("size", [(12, 13), (9, 10), (11, 15)])
+def test_separate_windows_equal_the_convolution(kernel, stride, size):
+    """Values and both gradients."""
+    rng = np.random.default_rng(0)
+    with jax.enable_x64(True):
+        x = jnp.asarray(rng.normal(size=(2, *size, 3)))
+        weight = jnp.asarray(rng.normal(size=(kernel, kernel, 3, 4)))
+        model = layers.Conv(4, kernel, stride, dtype=jnp.float64)
+
+        def ours(x, weight):
+            return model.apply({"params": {"kernel": weight}}, x)
+
+        def plain(x, weight):
+            return jax.lax.conv_general_dilated(
+                x, weight, (stride, stride), ((1, 1), (1, 1)),
+                dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            )  # fmt: skip
+
+        cells = tuple(-(-n // stride) for n in size)
+        cotangent = jnp.asarray(rng.normal(size=(2, *cells, 4)))
+
+        def both(function, x, weight):
+            y, back = jax.vjp(function, x, weight)
+            return y, back(cotangent)
+
+        results = [jit(functools.partial(both, f))(x, weight) for f in (ours, plain)]
+    assert results[0][0].shape == (2, *cells, 4)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-12), results[0], results[1]
+    )
+
+
+@pytest.mark.parametrize("size", [(8, 8), (7, 9), (1, 6)])
+def test_max_pool_equals_flax(size):
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, *size, 3)).astype(np.float32))
+
+    def flax_pool(x):
+        return nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
+
+    results = []
+    for pool in (layers.max_pool, flax_pool):
+        y, back = jax.vjp(pool, x)
+        weights = np.arange(1, y.size + 1, dtype=np.float32).reshape(y.shape)
+        results.append((y, back(jnp.asarray(weights))[0]))
+    for a, b in zip(*results, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_max_pool_gives_the_gradient_of_ties_to_the_first():
+    """After a ReLU most windows tie at 0: PyTorch takes the first in row order."""
+    x = np.random.default_rng(0).integers(0, 2, (1, 8, 7, 1)).astype(np.float32)
+    expected = np.zeros_like(x)
+    for r in range(0, 8, 2):
+        for c in range(0, 7, 2):
+            cells = [(i, j) for i in (r - 1, r, r + 1) for j in (c - 1, c, c + 1)]
+            cells = [(i, j) for i, j in cells if 0 <= i < 8 and 0 <= j < 7]
+            first = max(cells, key=lambda cell: x[0, *cell, 0])  # the first of equals
+            expected[0, *first, 0] += 1
+    gradient = jax.grad(lambda x: layers.max_pool(x).sum())(jnp.asarray(x))
+    np.testing.assert_array_equal(gradient, expected)
+
+
+# Batch normalisation
+
+
+def batch_norm(x, **fields):
+    """(output, running mean, running variance) of one training call from scale, bias, 0 and 1."""
+    wide = layers.parameter_dtype(fields.get("dtype", jnp.float32))
+    channels = x.shape[-1]
+    params = {"scale": np.linspace(0.5, 2, channels), "bias": np.linspace(-1, 1, channels)}
+    params = {name: jnp.asarray(value, wide) for name, value in params.items()}
+    stats = {"mean": jnp.zeros(channels, wide), "var": jnp.ones(channels, wide)}
+    variables = {"params": params, "batch_stats": stats}
+    y, updated = layers.BatchNorm(**fields).apply(variables, x, mutable=["batch_stats"])
+    stats = updated["batch_stats"]
+    return y, stats["mean"], stats["var"]
+
+
+@pytest.mark.parametrize("running_variance", ["biased", "unbiased"])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_batch_norm_equals_its_formula(groups, running_variance):
+    """Each group is normalised by its own statistics; the running ones are the whole batch's."""
+    x = np.random.default_rng(0).normal(2, 3, size=(4, 3, 5, 3))
+    x[:2] += 5  # the groups' means differ
+    with jax.enable_x64(True):
+        y, mean, var = batch_norm(
+            jnp.asarray(x), groups=groups, running_variance=running_variance, dtype=jnp.float64
+        )
+    parts = np.split(x, groups)
+    centred = [part - part.mean((0, 1, 2)) for part in parts]
+    normal = np.concatenate([c / np.sqrt(c.var((0, 1, 2)) + 1e-5) for c in centred])
+    np.testing.assert_allclose(
+        y, normal * np.linspace(0.5, 2, 3) + np.linspace(-1, 1, 3), atol=1e-12
+    )
+    np.testing.assert_allclose(mean, 0.1 * x.mean((0, 1, 2)), atol=1e-12)
+    expected = x.var((0, 1, 2))
+    if running_variance == "unbiased":
+        n = parts[0][..., 0].size
+        within = np.mean([part.var((0, 1, 2)) for part in parts], axis=0)
+        expected = expected + within / (n - 1)
+    np.testing.assert_allclose(var, 0.9 + 0.1 * expected, rtol=1e-12)
+    if groups == 2:  # the groups' variances alone would miss the distance of their means
+        within = np.mean([part.var((0, 1, 2)) for part in parts], axis=0)
+        assert np.abs(0.9 + 0.1 * within - np.asarray(var)).min() > 0.1
+
+
+def test_frozen_batch_norm_uses_and_keeps_the_running_statistics():
+    x = jnp.asarray(np.random.default_rng(0).normal(3, 2, (2, 3, 3, 4)).astype(np.float32))
+    y, mean, var = batch_norm(x, use_running_average=True)
+    expected = np.asarray(x) / np.sqrt(1 + 1e-5) * np.linspace(0.5, 2, 4) + np.linspace(-1, 1, 4)
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(mean, np.zeros(4))
+    np.testing.assert_array_equal(var, np.ones(4))
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_frozen_field_reaches_every_batch_norm_in_training(frozen):
+    config = tiny_config("", model__bn_frozen=frozen, model__aux_head=True)
+    model = segmenter.create(config.model, 5)
+    variables = {k: v for k, v in shapes_of(model).items() if k != "intermediates"}
+    found = []
+
+    def note(call, args, kwargs, context):
+        if isinstance(context.module, layers.BatchNorm):
+            found.append(context.module.use_running_average)
+        return call(*args, **kwargs)
+
+    def apply(variables, images):
+        rngs = {"dropout": jax.random.key(0)}
+        return model.apply(variables, images, train=True, rngs=rngs, mutable=["batch_stats"])
+
+    with nn.intercept_methods(note):
+        jax.eval_shape(apply, variables, IMAGE)
+    assert len(found) > 20
+    assert set(found) == {frozen}
+
+
+def test_groups_follow_the_devices():
+    config = tiny_config("")
+    assert segmenter.create(config.model, 5, 8).bn_groups == 1
+    config.model.bn_groups = "device"
+    assert segmenter.create(config.model, 5, 8).bn_groups == 8
+
+
+def test_statistics_are_float32_under_bfloat16():
+    """bfloat16 could not tell a variance of 1 around a mean of 16: its squares are 1 or 2 apart."""
+    x = jnp.asarray(np.random.default_rng(0).normal(16, 1, (4, 16, 16, 2)), jnp.bfloat16)
+    y, mean, var = batch_norm(x, dtype=jnp.bfloat16)
+    assert (y.dtype, mean.dtype, var.dtype) == (jnp.bfloat16, jnp.float32, jnp.float32)
+    exact = np.asarray(x, np.float64)
+    np.testing.assert_allclose(mean, 0.1 * exact.mean((0, 1, 2)), rtol=1e-5)
+    np.testing.assert_allclose(var, 0.9 + 0.1 * exact.var((0, 1, 2)), rtol=1e-4)
+
+
+# Input and dtypes
+
+
+def test_normalisation_constants():
+    pixels = np.array([[0, 0, 0], [255, 255, 255], [255, 0, 51]], np.uint8)[None, None]
+    ours = np.asarray(layers.normalize(jnp.asarray(pixels), jnp.float32))[0, 0]
+    black = [-0.485 / 0.229, -0.456 / 0.224, -0.406 / 0.225]
+    white = [0.515 / 0.229, 0.544 / 0.224, 0.594 / 0.225]
+    mixed = [white[0], black[1], (0.2 - 0.406) / 0.225]
+    np.testing.assert_allclose(ours, [black, white, mixed], rtol=1e-6)
+    floats = jnp.asarray([[[[1.5, -2.0, 0.25]]]])
+    np.testing.assert_array_equal(layers.normalize(floats, jnp.float32), floats)
+
+
+def dtypes(tree) -> set[str]:
+    return {str(leaf.dtype) for leaf in jax.tree.leaves(tree)}
+
+
+def test_state_stays_float32_after_ten_bfloat16_steps(bfloat16_run):
+    first, last = bfloat16_run.states[0], bfloat16_run.states[-1]
+    assert int(last.step) == 10
+    for name in ("params", "batch_stats", "ema"):
+        assert dtypes(getattr(last, name)) == {"float32"}, name
+    assert dtypes(last.opt_state) == {"float32", "int32"}  # momentum; the schedule's step
+    assert jax.tree.structure(first) == jax.tree.structure(last)
+    for name in ("params", "batch_stats"):
+        same = jax.tree.map(np.array_equal, getattr(first, name), getattr(last, name))
+        assert not any(jax.tree.leaves(same)), f"{name} that ten steps left as they were: {same}"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
+def test_compute_dtype(dtype):
+    """Activations have the compute dtype; state and logits are never narrower than float32."""
+    wide = "float64" if dtype == "float64" else "float32"
+    with jax.enable_x64(dtype == "float64"):
+        config = tiny_config("", model__dtype=dtype)
+        model = segmenter.create(config.model, 5)
+        rule = optimizer.create(config.optimizer, 10)
+        state = jax.eval_shape(
+            lambda: train_step.create_state(
+                model,
+                rule,
+                config,
+                dict(model.init(jax.random.key(0), jnp.zeros(IMAGE.shape, jnp.uint8))),
+            )
+        )
+        assert dtypes([state.params, state.batch_stats]) == {wide}
+        batch = {"image": IMAGE, "label": jax.ShapeDtypeStruct((1, 64, 64), jnp.uint8)}
+        after, metrics = jax.eval_shape(
+            train_step.make_train_step(model, rule, config), state, batch
+        )
+        assert jax.tree.map(lambda x: x.dtype, after) == jax.tree.map(lambda x: x.dtype, state)
+        assert metrics["loss"].dtype == wide
+        activations = []
+
+        def note(call, args, kwargs, context):
+            output = call(*args, **kwargs)
+            if isinstance(context.module, layers.Conv | layers.BatchNorm):
+                activations.append(str(output.dtype))
+            return output
+
+        with nn.intercept_methods(note):
+            variables = {"params": state.params, "batch_stats": state.batch_stats}
+            logits = jax.eval_shape(model.apply, variables, IMAGE)
+        assert set(activations) == {dtype}
+        assert logits.dtype == wide

@@ -1,0 +1,88 @@
+"""Two processes with two CPU devices each against one process with four."""
+
+import json
+import subprocess
+
+import numpy as np
+import pytest
+from runs import command, environment, free_port, run, saved_state
+
+pytestmark = pytest.mark.multiprocess
+
+
+def run_two(data_dir, workdir, **changes):
+    port = free_port()
+    processes = [
+        subprocess.Popen(
+            command(
+                data_dir,
+                workdir,
+                f"--coordinator=localhost:{port}",
+                "--processes=2",
+                f"--process={index}",
+                **changes,
+            ),
+            env=environment(2),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for index in range(2)
+    ]
+    try:
+        outputs = [process.communicate(timeout=300)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    for process, output in zip(processes, outputs, strict=True):
+        assert process.returncode == 0, output[-4000:]
+
+
+def last_scores(workdir):
+    return json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-1])
+
+
+def largest_difference(first, second):
+    """Of any array of the two states, relative to the largest value of that array."""
+    assert first.keys() == second.keys()
+    return max(
+        float(np.max(np.abs(first[k] - second[k])) / max(np.max(np.abs(first[k])), 1e-30))
+        for k in first
+        if first[k].size
+    )
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("float64", 1e-10)])
+def test_two_processes_equal_one(scenes_dir, tmp_path, dtype, tolerance):
+    changes = {"train__steps": 2, "model__dtype": dtype, "optimizer__learning_rate": 1e-3}
+    one, two = tmp_path / "one", tmp_path / "two"
+    result = run(command(scenes_dir, one, **changes), devices=4)
+    assert "on 4 cpu device(s)" in result.stderr
+    run_two(scenes_dir, two, **changes)
+    difference = largest_difference(saved_state(one, 2), saved_state(two, 2))
+    print(f"{dtype}: largest relative difference {difference:.2e}")
+    assert difference <= tolerance
+    first, second = last_scores(one), last_scores(two)
+    assert first["val/mIoU"] == pytest.approx(second["val/mIoU"], abs=1e-4)
+    assert first["val/PA"] == pytest.approx(second["val/PA"], abs=1e-4)
+
+
+def test_two_processes_resume_as_one(scenes_dir, tmp_path):
+    """A run saved by two processes goes on in one, reading the records that come next."""
+    changes = {"train__steps": 4, "optimizer__learning_rate": 1e-3}
+    whole, moved = tmp_path / "whole", tmp_path / "moved"
+    run(command(scenes_dir, whole, **changes), devices=4)
+    run_two(scenes_dir, moved, **changes)
+    for step in (4,):
+        folder = moved / "checkpoints" / str(step)
+        assert folder.is_dir()
+        subprocess.run(["rm", "-r", str(folder)], check=True)
+    result = run(command(scenes_dir, moved, **changes), devices=4)
+    assert "resuming from step 2" in result.stderr
+    assert largest_difference(saved_state(whole, 4), saved_state(moved, 4)) <= 1e-5
+
+
+def test_batch_that_does_not_divide_ends_with_the_arithmetic(scenes_dir, tmp_path):
+    result = run(command(scenes_dir, tmp_path, train__batch_size=6), devices=4, check=False)
+    assert result.returncode == 2
+    assert "6 = 1 x 4 + 2; use 4 or 8" in result.stderr.replace("(", "").replace(")", "")
