@@ -1,4 +1,11 @@
-"""CamVid, 11 classes, 480x360: train 367 images, val 101."""
+"""CamVid, 11 classes, 480x360: train 367 and val 101 images.
+
+Command   python -m duc_dlc_jax.main --config=configs/camvid.py --workdir=runs/camvid
+          --config.init.weights=FILE --config.init.source=NAME
+Data      python -m duc_dlc_jax.data.prepare --dataset=camvid --raw_dir=DIR --data_dir=data
+Hardware  one accelerator with 16 GB or more; not run by us, so no hours are given
+Score     not measured; the reduced run is configs/camvid_small.py
+"""
 
 from duc_dlc_jax import config as base
 
@@ -10,6 +17,6 @@ def get_config():
     config.data.crop_size = 360
     config.data.in_memory = True
     config.optimizer.learning_rate = 2e-3
-    config.train.epochs = 200.0
+    config.train.epochs = 200.0  # 367 x 200 / 16 = 4,588 steps
     config.train.eval_every = 500
     return config

@@ -98,8 +98,7 @@ def _train_step(config, model, mesh, variables, data, steps: int) -> tuple[float
 
 def main(_) -> None:
     args = flags.FLAGS
-    if args.config.model.dtype == "float64":
-        jax.config.update("jax_enable_x64", True)
+    segmenter.enable_dtype(args.config.model)
     result = benchmark(args.config, args.steps)
     print("{devices} x {device}, {dtype}, images {image}".format(**result))
     for kind in ("train", "inference"):

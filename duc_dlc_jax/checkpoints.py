@@ -11,6 +11,7 @@ import ml_collections
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
+from duc_dlc_jax.config import ConfigError
 from duc_dlc_jax.train_step import TrainState
 
 SCORE = "final_score"
@@ -82,7 +83,7 @@ class Checkpoints:
     def restore(self, step: int, like: TrainState) -> tuple[TrainState, int]:
         """The state saved at `step`, placed as `like` (ShapeDtypeStructs), and the position.
 
-        Raises FileNotFoundError for a step that is not there and ValueError for another structure.
+        Raises FileNotFoundError for a step that is not there and ConfigError for another structure.
         """
         self._check(step, like)
         restored = self._manager.restore(
@@ -128,7 +129,7 @@ class Checkpoints:
         different = [k for k in saved | wanted if saved.get(k) != wanted.get(k)]
         if different:
             path = min(different, key=lambda k: (not k.startswith("params"), k))
-            raise ValueError(
+            raise ConfigError(
                 f"checkpoint {self.directory}/{step} does not fit the configuration: {path} is "
                 f"{saved.get(path, 'absent')} in the checkpoint and {wanted.get(path, 'absent')} "
                 f"in the network; {len(different)} arrays differ. Use another workdir, or the "

@@ -27,9 +27,14 @@ def run(main: Callable) -> None:
 
     logging.set_verbosity(logging.INFO)
     logging.use_python_logging(quiet=True)
-    for name in ("orbax", "jax"):
-        py_logging.getLogger(name).setLevel(py_logging.WARNING)
+    logging.get_absl_handler().addFilter(_ours_or_serious)
+    py_logging.getLogger("jax").setLevel(py_logging.WARNING)
     app.run(guarded, flags_parser=_parse)
+
+
+def _ours_or_serious(record: py_logging.LogRecord) -> bool:
+    """Log filter: libraries speak from warnings on."""
+    return record.levelno >= py_logging.WARNING or "duc_dlc_jax" in record.pathname
 
 
 def fail(error: Exception) -> NoReturn:

@@ -139,6 +139,7 @@ def scalars(scores: dict[str, Any], spec: LabelSpec) -> dict[str, float]:
 
 def main(_) -> None:
     args = flags.FLAGS
+    cli.use_compilation_cache(Path(args.workdir))
     run = workdirs.load(args.workdir, args.checkpoint)
     data = run.config.data
     if args.data_dir:

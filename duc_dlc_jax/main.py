@@ -13,6 +13,8 @@ from absl import flags
 from ml_collections import config_flags
 
 from duc_dlc_jax import cli
+from duc_dlc_jax.models import segmenter
+from duc_dlc_jax.train import train
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration, see configs/.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Checkpoints, figures and pictures go here.")
@@ -24,12 +26,9 @@ _PROCESS = flags.DEFINE_integer("process", 0, "This process, from 0, with --coor
 def main(_) -> None:
     if _COORDINATOR.value:
         jax.distributed.initialize(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
-    if _CONFIG.value.model.dtype == "float64":
-        jax.config.update("jax_enable_x64", True)
     workdir = Path(_WORKDIR.value or "")
     cli.use_compilation_cache(workdir)
-    from duc_dlc_jax.train import train
-
+    segmenter.enable_dtype(_CONFIG.value.model)
     train(_CONFIG.value, workdir)
 
 

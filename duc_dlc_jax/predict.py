@@ -61,6 +61,7 @@ def write_prediction(folder: Path, name: str, image: np.ndarray, ids: np.ndarray
 
 def main(_) -> None:
     args = flags.FLAGS
+    cli.use_compilation_cache(Path(args.model))
     source, output = Path(args.input), Path(args.output)
     paths = find_images(source)
     run = workdirs.load(args.model, args.checkpoint)

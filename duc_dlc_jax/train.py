@@ -64,7 +64,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, A
             (workdir / "parameters.txt").write_text(text + "\n")
         writer = stack.enter_context(contextlib.closing(writers.Writer(workdir, int(state.step))))
         writer.texts(0, {"config": f"```\n{config_lib.to_json(config)}\n```"})
-        batches = _batches(config, records, position, steps, mesh)
+        batches = _batches(config, records, position, steps - int(state.step), mesh)
         stack.enter_context(contextlib.closing(batches))
         train_step = _compiled(make_train_step(model, optimizer, config), mesh)
         evaluation = _Evaluation(config, model, val_records, writer, workdir)
@@ -125,15 +125,16 @@ def _compiled(train_step, mesh):
     )
 
 
-def _batches(config, records, position: int, steps: int, mesh):
-    """Global batches on the devices, from the image at `position` of the endless stream on."""
+def _batches(config, records, position: int, count: int, mesh):
+    """`count` global batches on the devices, from the image at `position` of the stream on."""
+    start = position // config.train.batch_size
     iterator = pipeline.train_iterator(
         config.data,
         records,
         seed=config.seed,
         batch_size=config.train.batch_size,
-        steps=steps,
-        start_step=position // config.train.batch_size,
+        steps=start + count,
+        start_step=start,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )

@@ -60,6 +60,8 @@ def load(workdir: str | Path, checkpoint: str = "best") -> Run:
             )
     config = config_lib.from_json((workdir / "config.json").read_text())
     spec = LabelSpec.from_json((workdir / "labels.json").read_text())
+    segmenter.enable_dtype(config.model)
+    model = segmenter.create(config.model, spec.num_classes)
     saved = checkpoints.Checkpoints(workdir, config.train.keep_latest, config.train.keep_best)
     try:
         named = {"best": saved.best_step, "latest": saved.latest_step}
@@ -74,5 +76,4 @@ def load(workdir: str | Path, checkpoint: str = "best") -> Run:
         variables = saved.restore_variables(step, everywhere)
     finally:
         saved.close()
-    model = segmenter.create(config.model, spec.num_classes)
     return Run(config, spec, model, variables, step)

@@ -56,7 +56,8 @@ def test_workdir_holds_what_the_docs_say(trained):
     assert "backbone/conv1/kernel" in (workdir / "parameters.txt").read_text()
     assert list(workdir.glob("events.out.tfevents*"))
     (picture,) = (workdir / "pictures" / "step-6").iterdir()
-    assert Image.open(picture).size == (3 * 256, 192)
+    with Image.open(picture) as image:
+        assert image.size == (3 * 256, 192)
 
 
 def test_every_pixel_is_counted_once(trained, scenes_dir):

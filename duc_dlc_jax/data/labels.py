@@ -14,6 +14,8 @@ import pathlib
 
 import numpy as np
 
+from duc_dlc_jax.config import ConfigError
+
 IGNORE = 255  # the train id that neither the loss nor the metric counts
 
 
@@ -111,14 +113,14 @@ def label_spec(name: str) -> LabelSpec:
     `pascal_context` has 59 classes and ignores the background; `pascal_context_60` counts it.
 
     Raises:
-      ValueError: unknown name; gives the nearest valid one and the list.
+      ConfigError: unknown name; gives the nearest valid one and the list.
     """
     table = _table()
     valid = sorted([*table, "pascal_context"])
     if name not in valid:
         near = difflib.get_close_matches(name, valid, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ValueError(f"unknown data set {name!r}: {hint}valid names: {', '.join(valid)}")
+        raise ConfigError(f"unknown data set {name!r}: {hint}valid names: {', '.join(valid)}")
     entry = table["pascal_context_60" if name == "pascal_context" else name]
     palette = entry.get("palette") or [voc_colour(i) for i in entry["raw_ids"]]
     first = 1 if name == "pascal_context" else 0  # 59 classes: without the background, raw id 0

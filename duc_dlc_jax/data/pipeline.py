@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from absl import flags
 
+from duc_dlc_jax.config import ConfigError
 from duc_dlc_jax.data import builders, codec
 from duc_dlc_jax.data.labels import IGNORE, LabelSpec
 from duc_dlc_jax.data.transforms import Augmentation, train_transform
@@ -102,7 +103,7 @@ def open_records(data: Any, split: str) -> Records:
 
     Raises:
       FileNotFoundError: not prepared; gives the folder and the command that prepares it.
-      ValueError: no such split; lists those there are.
+      ConfigError: no such split; lists those there are.
     """
     folder = builders.prepared_dir(data.dir, data.name)
     if not (folder / builders.SUMMARY_FILE).is_file():
@@ -112,7 +113,7 @@ def open_records(data: Any, split: str) -> Records:
         )
     splits = json.loads((folder / builders.SUMMARY_FILE).read_text())
     if split not in splits:
-        raise ValueError(f"no split {split!r} in {folder}; it has: {', '.join(splits)}")
+        raise ConfigError(f"no split {split!r} in {folder}; it has: {', '.join(splits)}")
     return Records(folder, split, data.in_memory)
 
 
@@ -174,16 +175,16 @@ def train_iterator(
       image uint8 [b, C, C, 3], label uint8 [b, C, C], record int32 [b]; b = B / P.
 
     Raises:
-      ValueError: the batch does not divide, or the split has no labels or no images.
+      ConfigError: the batch does not divide, or the split has no labels or no images.
     """
     if batch_size < 1 or batch_size % process_count:
-        raise ValueError(
+        raise ConfigError(
             f"train.batch_size = {batch_size} is not divisible by {process_count} processes: "
             f"{batch_size} = {process_count} x {batch_size // process_count} + "
             f"{batch_size % process_count}"
         )
     if not len(records) or not records.labelled:
-        raise ValueError(
+        raise ConfigError(
             f"split {records.split!r} of {records.folder} has {len(records)} images"
             f"{'' if records.labelled else ' without labels'}: it cannot train; set "
             "data.train_split to another"

@@ -19,6 +19,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
+from duc_dlc_jax.config import ConfigError
 from duc_dlc_jax.data.labels import IGNORE, DataError
 
 FLIPS = ("left_right", "up_down", "none")
@@ -44,14 +45,14 @@ class Augmentation:
 
     def __post_init__(self):
         if self.flip not in FLIPS:
-            raise ValueError(f"data.flip = {self.flip!r}; allowed: {', '.join(FLIPS)}")
+            raise ConfigError(f"data.flip = {self.flip!r}; allowed: {', '.join(FLIPS)}")
         if self.crop_size < 1 or not 1 <= self.sizes()[0] <= self.sizes()[1]:
-            raise ValueError(
+            raise ConfigError(
                 f"data.crop_size = {self.crop_size} must be at least 1, and the short side "
                 f"{self.base_size} x [{self.scale_min}, {self.scale_max}] must span 1 pixel or more"
             )
         if not 0 <= self.blur_probability <= 1:
-            raise ValueError(f"data.blur_probability = {self.blur_probability}; allowed: 0..1")
+            raise ConfigError(f"data.blur_probability = {self.blur_probability}; allowed: 0..1")
 
     def sizes(self) -> tuple[int, int]:
         """Returns the smallest and largest short side, pixels."""

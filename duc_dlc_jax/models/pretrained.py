@@ -26,6 +26,7 @@ import numpy as np
 import safetensors.numpy
 from absl import logging
 
+from duc_dlc_jax.config import ConfigError
 from duc_dlc_jax.models.layers import IMAGE_STD
 from duc_dlc_jax.models.resnet import BLOCKS
 
@@ -107,8 +108,8 @@ def load_backbone(
 
     Raises:
       FileNotFoundError: no such file.
-      ValueError: unknown source; a configuration that the source contradicts; an unreadable file; a
-        missing tensor; a shape that differs.
+      ConfigError: unknown source; a configuration that the source contradicts; an unreadable
+        file; a missing tensor; a shape that differs.
     """
     name = _source_name(source, path)
     _check_config(name, model_config)
@@ -118,7 +119,7 @@ def load_backbone(
     for line in report.lines():
         logging.info("%s", line)
     if report.missing:
-        raise ValueError(_missing_message(report, tensors, model_config))
+        raise ConfigError(_missing_message(report, tensors, model_config))
 
     first = "conv1.0.weight" if model_config.stem == "deep" else "conv1.weight"
     new = {}
@@ -130,7 +131,7 @@ def load_backbone(
         if value.shape != leaf.shape:
             in_file = tuple(tensors[tensor].shape)
             ours = tuple(leaf.shape[i] for i in (3, 2, 0, 1)) if leaf.ndim == 4 else leaf.shape
-            raise ValueError(
+            raise ConfigError(
                 f"{path}: tensor {prefix}{tensor} has shape {in_file}, the network needs "
                 f"{tuple(ours)} (config.model.depth={model_config.depth}, "
                 f"width={model_config.width}, stem={model_config.stem}). Set these fields to what "
@@ -153,7 +154,7 @@ def read_tensors(path: str | Path) -> dict[str, np.ndarray]:
     path = Path(path)
     readers = {".npz": _read_npz, ".safetensors": _read_safetensors, ".pth": _read_pth}
     if path.suffix not in readers:
-        raise ValueError(
+        raise ConfigError(
             f"{path}: weights of type {path.suffix or '(no suffix)'} are not read; "
             f"config.init.weights takes {', '.join(readers)}."
         )
@@ -167,12 +168,12 @@ def _source_name(source: str, path: str | Path) -> str:
         logging.warning(
             "config.init.source is empty: assuming that %s is from '%s' (%s). "
             "If it is not, results will be silently wrong; the known sources are %s.",
-            path, DEFAULT_SOURCE, SOURCES[DEFAULT_SOURCE], ", ".join(SOURCES),
+            path, DEFAULT_SOURCE, SOURCES[DEFAULT_SOURCE].note, ", ".join(SOURCES),
         )  # fmt: skip
         return DEFAULT_SOURCE
     if source not in SOURCES:
         near = difflib.get_close_matches(source, SOURCES, 1, 0)[0]
-        raise ValueError(
+        raise ConfigError(
             f"config.init.source={source!r} is not one of {', '.join(SOURCES)}. "
             f"Did you mean config.init.source={near}?"
         )
@@ -184,7 +185,7 @@ def _check_config(name: str, model: ml_collections.ConfigDict) -> None:
     wanted = {field: getattr(SOURCES[name], field) for field in _MODEL_FIELDS}
     wrong = [field for field in _MODEL_FIELDS if model[field] != wanted[field]]
     if wrong:
-        raise ValueError(
+        raise ConfigError(
             f"Weights from config.init.source={name} belong to a network with other settings: "
             + "; ".join(f"config.model.{f} is {model[f]!r}, must be {wanted[f]!r}" for f in wrong)
             + ". Set "
@@ -273,14 +274,14 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
         with np.load(path, allow_pickle=False) as arrays:
             return {name: arrays[name] for name in arrays.files}
     except (ValueError, OSError, EOFError, AttributeError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path}: not a readable .npz of plain arrays: {error}") from error
+        raise ConfigError(f"{path}: not a readable .npz of plain arrays: {error}") from error
 
 
 def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
     try:
         return safetensors.numpy.load_file(path)
     except (safetensors.SafetensorError, KeyError, ValueError) as error:
-        raise ValueError(f"{path}: not a readable .safetensors file: {error}") from error
+        raise ConfigError(f"{path}: not a readable .safetensors file: {error}") from error
 
 
 _STORAGES = {
@@ -298,7 +299,7 @@ _STORAGES = {
 def _read_pth(path: Path) -> dict[str, np.ndarray]:
     """The state dict of `torch.save`'s zip format, itself or under `state_dict` or `model`."""
     if not zipfile.is_zipfile(path):
-        raise ValueError(
+        raise ConfigError(
             f"{path}: not the zip format that torch.save writes since PyTorch 1.6. Convert it "
             "where PyTorch is installed: torch.save(torch.load(OLD, map_location='cpu', "
             "weights_only=True), NEW)."
@@ -307,12 +308,12 @@ def _read_pth(path: Path) -> dict[str, np.ndarray]:
         with zipfile.ZipFile(path) as archive:
             content = _TensorUnpickler(archive).load()
     except Exception as error:  # a damaged or hostile pickle can raise anything
-        raise ValueError(f"{path}: not a state dict of plain tensors: {error}") from error
+        raise ConfigError(f"{path}: not a state dict of plain tensors: {error}") from error
     for key in ("state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: holds a {type(content).__name__}, not a state dict.")
+        raise ConfigError(f"{path}: holds a {type(content).__name__}, not a state dict.")
     return {n: v for n, v in content.items() if isinstance(n, str) and isinstance(v, np.ndarray)}
 
 
@@ -326,7 +327,7 @@ class _TensorUnpickler(pickle.Unpickler):
     def __init__(self, archive: zipfile.ZipFile):
         pickles = [name for name in archive.namelist() if name.endswith("/data.pkl")]
         if len(pickles) != 1:
-            raise ValueError(f"expected one data.pkl in the archive, found {len(pickles)}")
+            raise ConfigError(f"expected one data.pkl in the archive, found {len(pickles)}")
         self._archive = archive
         self._folder = pickles[0].removesuffix("data.pkl")
         order = f"{self._folder}byteorder"

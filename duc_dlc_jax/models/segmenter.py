@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
+from duc_dlc_jax.config import ConfigError
 from duc_dlc_jax.models import layers
 from duc_dlc_jax.models.dlc import DLC
 from duc_dlc_jax.models.duc import DUC
@@ -105,9 +106,20 @@ class Segmenter(nn.Module):
 
 
 def create(model: ml_collections.ConfigDict, num_classes: int, data_devices: int = 1) -> Segmenter:
-    """The network of `config.model`; `data_devices` sets the BN groups of `bn_groups="device"`."""
+    """The network of `config.model`; `data_devices` sets the BN groups of `bn_groups="device"`.
+
+    Raises ConfigError for dtype "float64" while JAX's 64-bit numbers are off (`enable_dtype`).
+    """
+    if model.dtype == "float64" and not jax.config.read("jax_enable_x64"):
+        raise ConfigError('model.dtype="float64" needs jax.config.update("jax_enable_x64", True)')
     fields = dict(model)
     fields["bn_groups"] = data_devices if model.bn_groups == "device" else 1
     fields["dtype"] = jnp.dtype(model.dtype)
     fields["dlc_rates"] = tuple(model.dlc_rates)
     return Segmenter(num_classes=num_classes, **fields)
+
+
+def enable_dtype(model: ml_collections.ConfigDict) -> None:
+    """Switches JAX to 64-bit numbers where `config.model` computes in float64: before any array."""
+    if model.dtype == "float64":
+        jax.config.update("jax_enable_x64", True)
