@@ -57,7 +57,7 @@ def test_two_processes_equal_one(scenes_dir, tmp_path, dtype, tolerance):
     changes = {"train__steps": 2, "model__dtype": dtype, "optimizer__learning_rate": 1e-3}
     one, two = tmp_path / "one", tmp_path / "two"
     result = run(command(scenes_dir, one, **changes), devices=4)
-    assert "on 4 cpu device(s)" in result.stderr
+    assert ", 4 cpu device(s)" in result.stderr
     run_two(scenes_dir, two, **changes)
     difference = largest_difference(saved_state(one, 2), saved_state(two, 2))
     print(f"{dtype}: largest relative difference {difference:.2e}")
