@@ -1,4 +1,10 @@
-"""CamVid at a crop of 240 and 2,720 images: a real run that a CPU finishes within an hour."""
+"""CamVid at a crop of 240 and 2,720 images (340 steps of 8): a real run for a CPU.
+
+Command   python -m duc_dlc_jax.main --config=configs/camvid_small.py --workdir=runs/camvid_small
+          --config.init.weights=FILE
+          FILE: an ImageNet ResNet-50 with the stride on its 1x1 convolutions (source keras_v1)
+Hardware  2 CPU cores
+"""
 
 from duc_dlc_jax import config as base
 
