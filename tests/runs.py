@@ -82,8 +82,10 @@ def saved_state(workdir: Path, step: int) -> dict[str, np.ndarray]:
     import jax
     import orbax.checkpoint as ocp
 
-    state = ocp.StandardCheckpointer().restore(
-        Path(workdir).absolute() / "checkpoints" / str(step) / "state"
-    )
+    path = Path(workdir).absolute() / "checkpoints" / str(step) / "state"
+    with ocp.PyTreeCheckpointer() as reader:
+        saved = reader.metadata(path).item_metadata.tree
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved)
+        state = reader.restore(path, ocp.args.PyTreeRestore(restore_args=as_numpy))
     leaves = jax.tree_util.tree_leaves_with_path(state)
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
