@@ -23,8 +23,9 @@ from duc_dlc_jax.models.resnet import ResNet
 QUICK = {
     "xla_backend_optimization_level": 0,
     "xla_llvm_disable_expensive_passes": True,
-    "xla_cpu_use_fusion_emitters": False,
 }
+if jax.__version_info__ < (0, 12):  # the option is gone since
+    QUICK["xla_cpu_use_fusion_emitters"] = False
 jit = functools.partial(jax.jit, compiler_options=QUICK)
 IMAGE = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.uint8)
 
