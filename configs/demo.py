@@ -24,9 +24,9 @@ def get_config():
     config.optimizer.learning_rate = 2e-2
     config.optimizer.new_layer_multiplier = 1.0
     config.train.batch_size = 16
-    config.train.steps = 600
+    config.train.steps = 400
     config.train.log_every = 25
-    config.train.eval_every = 150
+    config.train.eval_every = 100
     config.train.checkpoint_every = 50
     config.eval.batch_size = 4
     return config

@@ -18,7 +18,7 @@ SCORE = "final_score"
 
 
 def _score(metrics: dict[str, float]) -> float:
-    value = metrics[SCORE]
+    value = metrics.get(SCORE, math.nan)
     return -math.inf if math.isnan(value) else value
 
 
@@ -76,7 +76,7 @@ class Checkpoints:
                 data=ocp.args.JsonSave({"position": position}),
                 config=ocp.args.JsonSave(config.to_dict()),
             ),
-            metrics=metrics,
+            metrics=metrics or {},
             force=True,
         )
 
