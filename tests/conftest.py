@@ -31,7 +31,7 @@ def bfloat16_run(strict_rank_promotion):
     """Ten steps of a tiny bfloat16 network with EMA: `config` and 11 `states` on the host."""
     import jax
     import numpy as np
-    from test_models import QUICK, random_variables
+    from networks import QUICK, random_variables
 
     from duc_dlc_jax import optimizer, train_step
     from duc_dlc_jax.models import segmenter

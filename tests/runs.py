@@ -30,6 +30,22 @@ TINY = {
     "eval.pictures": 1,
 }
 
+# The start of a program on which TensorFlow seems not to be installed.
+WITHOUT_TENSORFLOW = """
+import sys
+
+class Without:
+    def __init__(self, finder):
+        self.finder = finder
+    def find_spec(self, name, *rest):
+        hidden = name.split(".")[0] == "tensorflow"
+        return None if hidden else self.finder.find_spec(name, *rest)
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+
+sys.meta_path[:] = [Without(finder) for finder in sys.meta_path]
+"""
+
 
 def tiny_config(data_dir, **changes):
     """`config.default()` with TINY and `changes` ("train__steps" for train.steps)."""

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from runs import WITHOUT_TENSORFLOW
 
 from duc_dlc_jax import config as configuration
 from duc_dlc_jax.data import builders, codec, pipeline
@@ -116,19 +117,7 @@ def test_records_are_array_record_with_the_original_jpeg(tmp_path):
 
 
 def test_reading_needs_no_tensorflow(scenes_dir):
-    program = f"""
-import sys
-
-class Without:  # a finder that does not find TensorFlow, as where it is not installed
-    def __init__(self, finder):
-        self.finder = finder
-    def find_spec(self, name, *rest):
-        hidden = name.split(".")[0] == "tensorflow"
-        return None if hidden else self.finder.find_spec(name, *rest)
-    def __getattr__(self, name):
-        return getattr(self.finder, name)
-
-sys.meta_path[:] = [Without(finder) for finder in sys.meta_path]
+    program = f"""{WITHOUT_TENSORFLOW}
 from duc_dlc_jax import config
 from duc_dlc_jax.data import labels, pipeline, prepare, transforms
 assert "tensorflow_datasets" not in sys.modules and "grain" not in sys.modules

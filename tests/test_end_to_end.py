@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 from PIL import Image
-from runs import command, environment, run, saved_state, tiny_config
+from runs import WITHOUT_TENSORFLOW, command, environment, run, saved_state, tiny_config
 
 from duc_dlc_jax import evaluate, predict, workdirs
 from duc_dlc_jax import train as train_module
@@ -193,19 +193,8 @@ def test_checkpoints_can_be_named(trained):
 
 def test_trains_without_tensorflow(scenes_dir, tmp_path):
     """JSON lines and one warning instead of TensorBoard events."""
-    program = f"""
-import sys, runpy
-
-class Without:
-    def __init__(self, finder):
-        self.finder = finder
-    def find_spec(self, name, *rest):
-        hidden = name.split(".")[0] == "tensorflow"
-        return None if hidden else self.finder.find_spec(name, *rest)
-    def __getattr__(self, name):
-        return getattr(self.finder, name)
-
-sys.meta_path[:] = [Without(finder) for finder in sys.meta_path]
+    program = f"""{WITHOUT_TENSORFLOW}
+import runpy
 sys.argv = {command(scenes_dir, tmp_path)[2:]!r}
 runpy.run_module("duc_dlc_jax.main", run_name="__main__")
 """

@@ -1,4 +1,4 @@
-"""The network against the numbers of docs/network.md, and its layers against plain formulas."""
+"""The network against the numbers of docs/network.md."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from networks import IMAGE, jit, shapes_of
 from runs import tiny_config
 
 from duc_dlc_jax import config as config_lib
@@ -18,40 +19,6 @@ from duc_dlc_jax.models import layers, segmenter
 from duc_dlc_jax.models.dlc import DLC
 from duc_dlc_jax.models.duc import DUC
 from duc_dlc_jax.models.resnet import ResNet
-
-# Compiling dominates these tests: the programs run once on tiny arrays.
-QUICK = {
-    "xla_backend_optimization_level": 0,
-    "xla_llvm_disable_expensive_passes": True,
-}
-if jax.__version_info__ < (0, 12):  # the option is gone since
-    QUICK["xla_cpu_use_fusion_emitters"] = False
-jit = functools.partial(jax.jit, compiler_options=QUICK)
-IMAGE = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.uint8)
-
-
-def shapes_of(model, image=IMAGE):
-    return jax.eval_shape(model.init, jax.random.key(0), image)
-
-
-def random_variables(model, seed=0, image=IMAGE):
-    """{params, batch_stats} drawn by NumPy, without compiling; variances are positive."""
-    rng = np.random.default_rng(seed)
-
-    def draw(path, leaf):
-        name, values = path[-1].key, rng.normal(size=leaf.shape)
-        if name == "kernel":
-            values /= math.sqrt(math.prod(leaf.shape[:-1]))
-        elif name in ("scale", "var"):
-            values = rng.uniform(0.5, 1.5, leaf.shape)
-        else:
-            values *= 0.1
-        return jnp.asarray(values, leaf.dtype)
-
-    shapes = shapes_of(model, image)
-    shapes = {name: shapes[name] for name in ("params", "batch_stats") if name in shapes}
-    return jax.tree_util.tree_map_with_path(draw, shapes)
-
 
 # Parameters and multiply-adds
 
@@ -355,246 +322,7 @@ def test_coefficients_are_one_convolution_of_the_concatenation(duc, grid):
     assert np.abs(output - expected).max() < 1e-12 * np.abs(expected).max()
 
 
-# Resizing
-
-
-def sampled(x, size, position):
-    """x [h, w] at (position(0, i), position(1, j)), bilinear, written as loops."""
-    result = np.zeros(size)
-    for i in range(size[0]):
-        for j in range(size[1]):
-            y, z = position(0, i), position(1, j)
-            top, left = min(int(y), x.shape[0] - 1), min(int(z), x.shape[1] - 1)
-            for row, weight_row in ((top, 1 - (y - top)), (top + 1, y - top)):
-                for column, weight in ((left, 1 - (z - left)), (left + 1, z - left)):
-                    if weight_row * weight > 0:
-                        result[i, j] += weight_row * weight * x[row, column]
-    return result
-
-
-@pytest.mark.parametrize(
-    ("source", "size", "step"), [((2, 3), (7, 9), 0.25), ((8, 7), (4, 4), 2), ((5, 1), (9, 3), 0.5)]
-)
-@pytest.mark.parametrize("grid", ["corners", "stride"])
-def test_resize_equals_its_formula(grid, source, size, step):
-    x = np.random.default_rng(0).normal(size=source)
-
-    def position(axis, index):
-        if grid == "corners":  # ends on ends
-            return index * (source[axis] - 1) / (size[axis] - 1)
-        return min(index * step, source[axis] - 1)
-
-    with jax.enable_x64(True):
-        both = jnp.stack([jnp.asarray(x), 2 * jnp.asarray(x)], -1)[None]
-        ours = np.asarray(layers.resize_bilinear(both, size, grid, step))
-    expected = sampled(x, size, position)
-    np.testing.assert_allclose(ours[0, ..., 0], expected, rtol=0, atol=1e-12)
-    np.testing.assert_allclose(ours[0, ..., 1], 2 * expected, rtol=0, atol=1e-12)
-
-
-def test_stride_grid_clamps_to_the_last_cell():
-    matrix = layers.interpolation_matrix(3, 6, "stride", 0.5)
-    np.testing.assert_array_equal(matrix @ [0, 10, 20], [0, 5, 10, 15, 20, 20])
-    np.testing.assert_array_equal(layers.interpolation_matrix(6, 3, "stride", 2), np.eye(6)[::2])
-
-
-def shifts(size, grid) -> dict[str, np.ndarray]:
-    """Pixels by which each resize of the network moves its input along one axis.
-
-    Cell i of a strided convolution lies on pixel stride * i: resizing these positions and comparing
-    them with the target's own positions gives the shift.
-    """
-    cells = {stride: -(-size // stride) for stride in (1, 4, 8, 32)}
-    resizes = {"low": (32, 8), "guidance": (4, 8), "logits": (8, 1)}
-    result = {}
-    for name, (source, target) in resizes.items():
-        positions = source * np.arange(cells[source])
-        args = cells[source], cells[target], grid, target / source
-        moved = layers.interpolation_matrix(*args) @ positions
-        result[name] = np.abs(target * np.arange(cells[target]) - moved)
-    return result
-
-
-@pytest.mark.parametrize("size", [33, 65, 481])
-def test_grids_agree_at_multiples_of_32_plus_1(size):
-    for grid in ("corners", "stride"):
-        for name, shift in shifts(size, grid).items():
-            assert shift.max() < 1e-9, (grid, name)
-
-
-def test_corners_moves_features_at_480():
-    moved = shifts(480, "corners")
-    assert moved["low"][0] == 0
-    assert moved["low"][-1] == 24
-    assert moved["low"][29:31].mean() == pytest.approx(12)
-    assert moved["guidance"].max() == pytest.approx(4)
-    assert moved["logits"].max() == pytest.approx(7)
-    assert all(np.all(np.diff(shift) > 0) for shift in moved.values())
-
-
-def test_stride_grid_moves_nothing_but_the_clamped_border_at_480():
-    moved = shifts(480, "stride")
-    assert moved["low"][: 14 * 4 + 1].max() == 0  # the last cell of I_l lies on pixel 448
-    assert moved["low"][57:].tolist() == [8, 16, 24]
-    assert moved["guidance"].max() == 0
-    assert moved["logits"][: 59 * 8 + 1].max() == 0
-    assert moved["logits"].max() == 7
-
-
-# Convolution and pooling
-
-
-def convolution(x, kernel, stride, dilation):
-    """x [B, H, W, C], kernel [k, k, C, F] -> as PyTorch's Conv2d with padding d (k - 1) / 2."""
-    k = len(kernel)
-    pad = dilation * (k - 1) // 2
-    rows, columns = ((n - 1) // stride + 1 for n in x.shape[1:3])
-    x = np.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
-    y = np.zeros((len(x), rows, columns, kernel.shape[-1]))
-    for r in range(rows):
-        for c in range(columns):
-            top, left = r * stride, c * stride
-            for i in range(k):
-                for j in range(k):
-                    y[:, r, c] += x[:, top + i * dilation, left + j * dilation] @ kernel[i, j]
-    return y
-
-
-@pytest.mark.parametrize(
-    ("kernel", "stride", "dilation"),
-    [(1, 2, 1), (3, 2, 1), (7, 2, 1), (3, 1, 2), (5, 4, 1), (3, 4, 1)],
-)
-def test_convolution_pads_symmetrically(kernel, stride, dilation):
-    rng = np.random.default_rng(0)
-    x = rng.normal(size=(2, 8, 6, 3))
-    weight = rng.normal(size=(kernel, kernel, 3, 4))
-    with jax.enable_x64(True):
-        model = layers.Conv(4, kernel, stride, dilation, dtype=jnp.float64)
-        ours = np.asarray(model.apply({"params": {"kernel": weight}}, x))
-        same = jax.lax.conv_general_dilated(
-            x, weight, (stride, stride), "SAME", rhs_dilation=(dilation, dilation),
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        )  # fmt: skip
-    expected = convolution(x, weight, stride, dilation)
-    np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-12)
-    differs = np.abs(np.asarray(same) - expected).max() > 0.1
-    assert differs == (stride > 1 and kernel > 1)  # even sizes: SAME pads the end alone
-
-
-@pytest.mark.parametrize(("kernel", "stride"), [(3, 4), (3, 3)])
-@pytest.mark.parametrize("size", [(12, 13), (9, 10), (11, 15)])
-def test_separate_windows_equal_the_convolution(kernel, stride, size):
-    """Values and both gradients."""
-    rng = np.random.default_rng(0)
-    with jax.enable_x64(True):
-        x = jnp.asarray(rng.normal(size=(2, *size, 3)))
-        weight = jnp.asarray(rng.normal(size=(kernel, kernel, 3, 4)))
-        model = layers.Conv(4, kernel, stride, dtype=jnp.float64)
-
-        def ours(x, weight):
-            return model.apply({"params": {"kernel": weight}}, x)
-
-        def plain(x, weight):
-            return jax.lax.conv_general_dilated(
-                x, weight, (stride, stride), ((1, 1), (1, 1)),
-                dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            )  # fmt: skip
-
-        cells = tuple(-(-n // stride) for n in size)
-        cotangent = jnp.asarray(rng.normal(size=(2, *cells, 4)))
-
-        def both(function, x, weight):
-            y, back = jax.vjp(function, x, weight)
-            return y, back(cotangent)
-
-        results = [jit(functools.partial(both, f))(x, weight) for f in (ours, plain)]
-    assert results[0][0].shape == (2, *cells, 4)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-12), results[0], results[1]
-    )
-
-
-@pytest.mark.parametrize("size", [(8, 8), (7, 9), (1, 6)])
-def test_max_pool_equals_flax(size):
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, *size, 3)).astype(np.float32))
-
-    def flax_pool(x):
-        return nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
-
-    results = []
-    for pool in (layers.max_pool, flax_pool):
-        y, back = jax.vjp(pool, x)
-        weights = np.arange(1, y.size + 1, dtype=np.float32).reshape(y.shape)
-        results.append((y, back(jnp.asarray(weights))[0]))
-    for a, b in zip(*results, strict=True):
-        np.testing.assert_array_equal(a, b)
-
-
-def test_max_pool_gives_the_gradient_of_ties_to_the_first():
-    """After a ReLU most windows tie at 0: PyTorch takes the first in row order."""
-    x = np.random.default_rng(0).integers(0, 2, (1, 8, 7, 1)).astype(np.float32)
-    expected = np.zeros_like(x)
-    for r in range(0, 8, 2):
-        for c in range(0, 7, 2):
-            cells = [(i, j) for i in (r - 1, r, r + 1) for j in (c - 1, c, c + 1)]
-            cells = [(i, j) for i, j in cells if 0 <= i < 8 and 0 <= j < 7]
-            first = max(cells, key=lambda cell: x[0, *cell, 0])  # the first of equals
-            expected[0, *first, 0] += 1
-    gradient = jax.grad(lambda x: layers.max_pool(x).sum())(jnp.asarray(x))
-    np.testing.assert_array_equal(gradient, expected)
-
-
 # Batch normalisation
-
-
-def batch_norm(x, **fields):
-    """(output, running mean, running variance) of one training call from scale, bias, 0 and 1."""
-    wide = layers.parameter_dtype(fields.get("dtype", jnp.float32))
-    channels = x.shape[-1]
-    params = {"scale": np.linspace(0.5, 2, channels), "bias": np.linspace(-1, 1, channels)}
-    params = {name: jnp.asarray(value, wide) for name, value in params.items()}
-    stats = {"mean": jnp.zeros(channels, wide), "var": jnp.ones(channels, wide)}
-    variables = {"params": params, "batch_stats": stats}
-    y, updated = layers.BatchNorm(**fields).apply(variables, x, mutable=["batch_stats"])
-    stats = updated["batch_stats"]
-    return y, stats["mean"], stats["var"]
-
-
-@pytest.mark.parametrize("running_variance", ["biased", "unbiased"])
-@pytest.mark.parametrize("groups", [1, 2])
-def test_batch_norm_equals_its_formula(groups, running_variance):
-    """Each group is normalised by its own statistics; the running ones are the whole batch's."""
-    x = np.random.default_rng(0).normal(2, 3, size=(4, 3, 5, 3))
-    x[:2] += 5  # the groups' means differ
-    with jax.enable_x64(True):
-        y, mean, var = batch_norm(
-            jnp.asarray(x), groups=groups, running_variance=running_variance, dtype=jnp.float64
-        )
-    parts = np.split(x, groups)
-    centred = [part - part.mean((0, 1, 2)) for part in parts]
-    normal = np.concatenate([c / np.sqrt(c.var((0, 1, 2)) + 1e-5) for c in centred])
-    np.testing.assert_allclose(
-        y, normal * np.linspace(0.5, 2, 3) + np.linspace(-1, 1, 3), atol=1e-12
-    )
-    np.testing.assert_allclose(mean, 0.1 * x.mean((0, 1, 2)), atol=1e-12)
-    expected = x.var((0, 1, 2))
-    if running_variance == "unbiased":
-        n = parts[0][..., 0].size
-        within = np.mean([part.var((0, 1, 2)) for part in parts], axis=0)
-        expected = expected + within / (n - 1)
-    np.testing.assert_allclose(var, 0.9 + 0.1 * expected, rtol=1e-12)
-    if groups == 2:  # the groups' variances alone would miss the distance of their means
-        within = np.mean([part.var((0, 1, 2)) for part in parts], axis=0)
-        assert np.abs(0.9 + 0.1 * within - np.asarray(var)).min() > 0.1
-
-
-def test_frozen_batch_norm_uses_and_keeps_the_running_statistics():
-    x = jnp.asarray(np.random.default_rng(0).normal(3, 2, (2, 3, 3, 4)).astype(np.float32))
-    y, mean, var = batch_norm(x, use_running_average=True)
-    expected = np.asarray(x) / np.sqrt(1 + 1e-5) * np.linspace(0.5, 2, 4) + np.linspace(-1, 1, 4)
-    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
-    np.testing.assert_array_equal(mean, np.zeros(4))
-    np.testing.assert_array_equal(var, np.ones(4))
 
 
 @pytest.mark.parametrize("frozen", [True, False])
@@ -626,28 +354,7 @@ def test_groups_follow_the_devices():
     assert segmenter.create(config.model, 5, 8).bn_groups == 8
 
 
-def test_statistics_are_float32_under_bfloat16():
-    """bfloat16 could not tell a variance of 1 around a mean of 16: its squares are 1 or 2 apart."""
-    x = jnp.asarray(np.random.default_rng(0).normal(16, 1, (4, 16, 16, 2)), jnp.bfloat16)
-    y, mean, var = batch_norm(x, dtype=jnp.bfloat16)
-    assert (y.dtype, mean.dtype, var.dtype) == (jnp.bfloat16, jnp.float32, jnp.float32)
-    exact = np.asarray(x, np.float64)
-    np.testing.assert_allclose(mean, 0.1 * exact.mean((0, 1, 2)), rtol=1e-5)
-    np.testing.assert_allclose(var, 0.9 + 0.1 * exact.var((0, 1, 2)), rtol=1e-4)
-
-
-# Input and dtypes
-
-
-def test_normalisation_constants():
-    pixels = np.array([[0, 0, 0], [255, 255, 255], [255, 0, 51]], np.uint8)[None, None]
-    ours = np.asarray(layers.normalize(jnp.asarray(pixels), jnp.float32))[0, 0]
-    black = [-0.485 / 0.229, -0.456 / 0.224, -0.406 / 0.225]
-    white = [0.515 / 0.229, 0.544 / 0.224, 0.594 / 0.225]
-    mixed = [white[0], black[1], (0.2 - 0.406) / 0.225]
-    np.testing.assert_allclose(ours, [black, white, mixed], rtol=1e-6)
-    floats = jnp.asarray([[[[1.5, -2.0, 0.25]]]])
-    np.testing.assert_array_equal(layers.normalize(floats, jnp.float32), floats)
+# Dtypes
 
 
 def dtypes(tree) -> set[str]:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+from networks import NARROW
 
 from duc_dlc_jax import config as default_config
 from duc_dlc_jax.models import layers, pretrained, segmenter
@@ -20,17 +21,7 @@ from duc_dlc_jax.models.resnet import ResNet
 
 def model_config(**changes):
     c = default_config.default().model
-    c.update(
-        {
-            "depth": 14,
-            "width": 4,
-            "duc_width": 8,
-            "guidance_width": 4,
-            "dlc_width": 8,
-            "dlc_growth": 4,
-        }
-    )
-    c.update(changes)
+    c.update(NARROW | changes)
     return c
 
 

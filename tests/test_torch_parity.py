@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from networks import NARROW, jit
 
 from duc_dlc_jax import config as default_config
 from duc_dlc_jax import optimizer, train_step
@@ -29,8 +30,6 @@ FAULT = 1e-6  # a planted fault differs by at least this
 CLASSES, STEPS, RATES = 5, 20, (1, 2)
 
 # Compiling dominates these tests: the programs run once or twenty times on tiny arrays.
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-jit = functools.partial(jax.jit, compiler_options=QUICK)
 
 
 @pytest.fixture(autouse=True)
@@ -45,15 +44,7 @@ def float64():
 def tiny(**changes):
     """config with a narrow 14-layer network; `changes` are fields of config.model."""
     c = default_config.default()
-    small = {
-        "depth": 14,
-        "width": 4,
-        "duc_width": 8,
-        "guidance_width": 4,
-        "dlc_width": 8,
-        "dlc_growth": 4,
-    }
-    small |= {
+    small = NARROW | {
         "dlc_rates": RATES,
         "dropout": 0.0,
         "dtype": "float64",

@@ -1,0 +1,52 @@
+"""Tiny networks for tests: quick to compile, with variables drawn by NumPy."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+NARROW = {  # fields of config.model: the 14-layer network at a quarter of its width
+    "depth": 14,
+    "width": 4,
+    "duc_width": 8,
+    "guidance_width": 4,
+    "dlc_width": 8,
+    "dlc_growth": 4,
+}
+
+# Compiling dominates these tests: the programs run once on tiny arrays.
+QUICK = {
+    "xla_backend_optimization_level": 0,
+    "xla_llvm_disable_expensive_passes": True,
+}
+if jax.__version_info__ < (0, 12):  # the option is gone since
+    QUICK["xla_cpu_use_fusion_emitters"] = False
+jit = functools.partial(jax.jit, compiler_options=QUICK)
+IMAGE = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.uint8)
+
+
+def shapes_of(model, image=IMAGE):
+    return jax.eval_shape(model.init, jax.random.key(0), image)
+
+
+def random_variables(model, seed=0, image=IMAGE):
+    """{params, batch_stats} drawn by NumPy, without compiling; variances are positive."""
+    rng = np.random.default_rng(seed)
+
+    def draw(path, leaf):
+        name, values = path[-1].key, rng.normal(size=leaf.shape)
+        if name == "kernel":
+            values /= math.sqrt(math.prod(leaf.shape[:-1]))
+        elif name in ("scale", "var"):
+            values = rng.uniform(0.5, 1.5, leaf.shape)
+        else:
+            values *= 0.1
+        return jnp.asarray(values, leaf.dtype)
+
+    shapes = shapes_of(model, image)
+    shapes = {name: shapes[name] for name in ("params", "batch_stats") if name in shapes}
+    return jax.tree_util.tree_map_with_path(draw, shapes)
