@@ -4,6 +4,7 @@ import pathlib
 from types import SimpleNamespace
 
 import pytest
+
 from runs import tiny_config
 
 
@@ -31,10 +32,10 @@ def bfloat16_run(strict_rank_promotion):
     """Ten steps of a tiny bfloat16 network with EMA: `config` and 11 `states` on the host."""
     import jax
     import numpy as np
-    from networks import QUICK, random_variables
 
     from duc_dlc_jax import optimizer, train_step
     from duc_dlc_jax.models import segmenter
+    from networks import QUICK, random_variables
 
     config = tiny_config("", model__dtype="bfloat16", optimizer__ema_decay=0.8)
     model = segmenter.create(config.model, 5)

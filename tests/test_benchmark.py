@@ -5,8 +5,8 @@ import sys
 import time
 
 import pytest
-import runs
 
+import runs
 from duc_dlc_jax import benchmark, describe
 from duc_dlc_jax.data.labels import label_spec
 from duc_dlc_jax.models import segmenter

@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from runs import WITHOUT_TENSORFLOW
 
 from duc_dlc_jax import config as configuration
 from duc_dlc_jax.data import builders, codec, pipeline
 from duc_dlc_jax.data.builders import scenes, sources
 from duc_dlc_jax.data.labels import IGNORE, DataError, LabelSpec, label_spec
 from duc_dlc_jax.data.prepare import count_differences, prepare
+from runs import WITHOUT_TENSORFLOW
 
 SHARED = os.environ.get("DUC_DLC_SHARED_DATA", "")
 H, W = 12, 16

@@ -12,11 +12,11 @@ import sys
 import jax
 import jax.numpy as jnp
 import pytest
-from runs import tiny_config
 
 from duc_dlc_jax import config as config_lib
 from duc_dlc_jax import describe
 from duc_dlc_jax.models import segmenter
+from runs import tiny_config
 
 ROOT = pathlib.Path(__file__).parent.parent
 

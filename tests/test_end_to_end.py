@@ -7,12 +7,12 @@ import sys
 import numpy as np
 import pytest
 from PIL import Image
-from runs import WITHOUT_TENSORFLOW, command, environment, run, saved_state, tiny_config
 
 from duc_dlc_jax import evaluate, predict, workdirs
 from duc_dlc_jax import train as train_module
 from duc_dlc_jax.data import pipeline
 from duc_dlc_jax.train import train
+from runs import WITHOUT_TENSORFLOW, command, environment, run, saved_state, tiny_config
 
 
 @pytest.fixture(scope="module")

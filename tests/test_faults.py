@@ -8,6 +8,7 @@ import time
 
 import numpy as np
 import pytest
+
 from runs import command, environment, run, saved_state
 
 pytestmark = pytest.mark.fault

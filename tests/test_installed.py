@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+
 from runs import command, environment, run
 
 pytestmark = pytest.mark.installed

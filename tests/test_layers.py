@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from networks import jit
 
 from duc_dlc_jax.models import layers
+from networks import jit
 
 # Resizing
 

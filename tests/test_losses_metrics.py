@@ -14,12 +14,12 @@ import ml_collections
 import numpy as np
 import optax
 import pytest
-from runs import tiny_config
 
 from duc_dlc_jax import config as config_lib
 from duc_dlc_jax import losses, metrics, optimizer, train_step
 from duc_dlc_jax.data.labels import IGNORE, label_spec
 from duc_dlc_jax.models import segmenter
+from runs import tiny_config
 
 # Loss
 

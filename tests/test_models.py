@@ -10,8 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from networks import IMAGE, jit, shapes_of
-from runs import tiny_config
 
 from duc_dlc_jax import config as config_lib
 from duc_dlc_jax import describe, optimizer, train_step
@@ -19,6 +17,8 @@ from duc_dlc_jax.models import layers, segmenter
 from duc_dlc_jax.models.dlc import DLC
 from duc_dlc_jax.models.duc import DUC
 from duc_dlc_jax.models.resnet import ResNet
+from networks import IMAGE, jit, shapes_of
+from runs import tiny_config
 
 # Parameters and multiply-adds
 

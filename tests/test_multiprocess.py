@@ -5,6 +5,7 @@ import subprocess
 
 import numpy as np
 import pytest
+
 from runs import command, environment, free_port, run, saved_state
 
 pytestmark = pytest.mark.multiprocess

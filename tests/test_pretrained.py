@@ -12,11 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
-from networks import NARROW
 
 from duc_dlc_jax import config as default_config
 from duc_dlc_jax.models import layers, pretrained, segmenter
 from duc_dlc_jax.models.resnet import ResNet
+from networks import NARROW
 
 
 def model_config(**changes):

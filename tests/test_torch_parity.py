@@ -14,12 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from networks import NARROW, jit
 
 from duc_dlc_jax import config as default_config
 from duc_dlc_jax import optimizer, train_step
 from duc_dlc_jax.models import layers, segmenter
 from duc_dlc_jax.models.resnet import BLOCKS, ResNet
+from networks import NARROW, jit
 
 torch = pytest.importorskip("torch", reason="parity is with PyTorch: pip install torch")
 import torch_twin as twins  # noqa: E402
