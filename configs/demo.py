@@ -1,7 +1,7 @@
 """Drawn street scenes on a small network: a first run that needs no download and no accelerator.
 
 Command   python -m duc_dlc_jax.main --config=configs/demo.py --workdir=runs/demo
-Hardware  2 CPU cores, under 4 minutes
+Hardware  2 CPU cores, 4 minutes with the drawing of the scenes
 Score     0.745 val mIoU, 0.925 PA (seed 0, the command above)
 """
 
