@@ -77,13 +77,12 @@ def benchmark(config: ml_collections.ConfigDict, steps: int = 5) -> dict[str, An
 
 def _train_step(config, model, mesh, variables, data, steps: int) -> tuple[float, int]:
     """Seconds of a training step, and the bytes per device that it needs as compiled."""
-    everywhere, split = sharding.replicated(mesh), sharding.batched(mesh)
     optimizer = optimizers.create(config.optimizer, steps + WARM_UP)
-    state = jax.device_put(create_state(model, optimizer, config, variables), everywhere)
-    data = jax.device_put(data, split)
-    step = make_train_step(model, optimizer, config)
-    shardings = (everywhere, {"image": split, "label": split})
-    jitted = jax.jit(step, in_shardings=shardings, out_shardings=everywhere, donate_argnums=0)
+    state = jax.device_put(
+        create_state(model, optimizer, config, variables), sharding.replicated(mesh)
+    )
+    data = jax.device_put(data, sharding.batched(mesh))
+    jitted = sharding.jit_train_step(make_train_step(model, optimizer, config), mesh)
     compiled = jitted.lower(state, data).compile()
 
     def call():

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from duc_dlc_jax.data.labels import LabelSpec
+from duc_dlc_jax.data.labels import IGNORE, LabelSpec
 
 
 def overlay(
@@ -26,7 +26,7 @@ def triple(example: dict[str, Any], spec: LabelSpec) -> np.ndarray:
     Ignored pixels of the label are black in the prediction as well.
     """
     label = example["label"]
-    shown = np.where(label == 255, 255, example["prediction"]).astype(np.uint8)
+    shown = np.where(label == IGNORE, IGNORE, example["prediction"]).astype(np.uint8)
     return np.concatenate([example["image"], spec.colourise(label), spec.colourise(shown)], axis=1)
 
 

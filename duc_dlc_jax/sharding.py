@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -43,6 +43,17 @@ def to_devices(batch: dict[str, np.ndarray], sharding: NamedSharding) -> dict[st
         name: jax.make_array_from_process_local_data(sharding, value)
         for name, value in batch.items()
     }
+
+
+def jit_train_step(train_step: Callable, mesh: Mesh) -> Any:
+    """(state, {image, label}) -> (state, metrics), one program over the mesh; donates the state."""
+    everywhere, split = replicated(mesh), batched(mesh)
+    return jax.jit(
+        train_step,
+        in_shardings=(everywhere, {"image": split, "label": split}),
+        out_shardings=(everywhere, everywhere),
+        donate_argnums=0,
+    )
 
 
 def local_copy(tree, mesh: Mesh):

@@ -22,7 +22,7 @@ from duc_dlc_jax import checkpoints, evaluate, pictures, sharding, workdirs, wri
 from duc_dlc_jax import config as config_lib
 from duc_dlc_jax import optimizer as optimizers
 from duc_dlc_jax.data import pipeline
-from duc_dlc_jax.data.labels import LabelSpec
+from duc_dlc_jax.data.labels import IGNORE, LabelSpec
 from duc_dlc_jax.models import pretrained, segmenter
 from duc_dlc_jax.train_step import TrainState, create_state, init_variables, make_train_step
 
@@ -66,7 +66,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, A
         writer.texts(0, {"config": f"```\n{config_lib.to_json(config)}\n```"})
         batches = _batches(config, records, position, steps - int(state.step), mesh)
         stack.enter_context(contextlib.closing(batches))
-        train_step = _compiled(make_train_step(model, optimizer, config), mesh)
+        train_step = sharding.jit_train_step(make_train_step(model, optimizer, config), mesh)
         evaluation = _Evaluation(config, model, val_records, writer, workdir)
         scores = _loop(config, state, steps, batches, train_step, evaluation, saved, writer)
         if jax.process_index() == 0:
@@ -112,17 +112,6 @@ def _loop(config, state, steps, batches, train_step, evaluation, saved, writer) 
         figures.restart()
     saved.wait()
     return scores or evaluation(state)  # a finished run, started again, only evaluates
-
-
-def _compiled(train_step, mesh):
-    """The step as one program over the mesh; its state is donated."""
-    everywhere, split = sharding.replicated(mesh), sharding.batched(mesh)
-    return jax.jit(
-        train_step,
-        in_shardings=(everywhere, {"image": split, "label": split}),
-        out_shardings=(everywhere, everywhere),
-        donate_argnums=0,
-    )
 
 
 def _batches(config, records, position: int, count: int, mesh):
@@ -212,7 +201,7 @@ def _announce(
         return
     logging.info("configuration:\n%s", config_lib.to_json(config))
     mapping = ", ".join(
-        f"{raw}->{'ignored' if train == 255 else f'{train} {spec.classes[train]}'}"
+        f"{raw}->{'ignored' if train == IGNORE else f'{train} {spec.classes[train]}'}"
         for raw, train in sorted(spec.raw_to_train.items())
     )
     logging.info("labels of %s, raw id -> train id: %s", spec.name, mapping)

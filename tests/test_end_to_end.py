@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from duc_dlc_jax import evaluate, predict, workdirs
-from duc_dlc_jax import train as train_module
+from duc_dlc_jax import evaluate, predict, sharding, workdirs
 from duc_dlc_jax.data import pipeline
 from duc_dlc_jax.train import train
 from runs import WITHOUT_TENSORFLOW, command, environment, run, saved_state, tiny_config
@@ -105,7 +104,7 @@ def test_finished_run_started_again_only_evaluates(trained, scenes_dir, capfd):
 
 
 def test_a_loss_that_is_not_finite_stops_before_saving(scenes_dir, tmp_path, monkeypatch):
-    original = train_module._compiled
+    original = sharding.jit_train_step
 
     def broken(*args):
         step = original(*args)
@@ -116,7 +115,7 @@ def test_a_loss_that_is_not_finite_stops_before_saving(scenes_dir, tmp_path, mon
 
         return run
 
-    monkeypatch.setattr(train_module, "_compiled", broken)
+    monkeypatch.setattr(sharding, "jit_train_step", broken)
     with pytest.raises(FloatingPointError, match=r"optimizer\.learning_rate"):
         train(tiny_config(scenes_dir), tmp_path)
     assert not list((tmp_path / "checkpoints").glob("[0-9]*"))

@@ -34,7 +34,7 @@ def prepare(
       The folder of the records.
 
     Raises:
-      ValueError: unknown data set.
+      ConfigError: unknown data set.
       DataError: missing, partial or contradictory input, or a difference under `strict`.
     """
     spec, source = label_spec(name), sources.SOURCES[name]
@@ -117,10 +117,7 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unexpected arguments {argv[1:]}; see --help")
     logging.set_verbosity(logging.WARNING)  # TFDS logs each of its steps
     args = flags.FLAGS
-    try:
-        prepare(args.dataset, args.raw_dir, args.data_dir, args.strict)
-    except ValueError as error:  # what the user can mend: a message, not a traceback
-        cli.fail(error)
+    prepare(args.dataset, args.raw_dir, args.data_dir, args.strict)
 
 
 if __name__ == "__main__":
