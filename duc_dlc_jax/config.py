@@ -17,6 +17,7 @@ import ml_collections
 
 CHOICES = {
     "data.flip": ("left_right", "up_down", "none"),
+    "data.bad_records": ("error", "mask"),
     "model.depth": (14, 26, 50, 101, 152, 269),
     "model.stem": ("plain", "deep"),
     "model.stride_on": ("3x3", "1x1"),
@@ -52,6 +53,9 @@ def default() -> ml_collections.ConfigDict:
     c.data.antialias = False  # low-pass when shrinking, as PIL does and OpenCV does not
     c.data.blur_probability = 0.0  # Gaussian blur, radius uniform in 0..1 pixel; the code: 0.5 [C]
     c.data.rotate_degrees = 0.0  # uniform in +-this; the code: 10 for Cityscapes [C]
+    c.data.photometric_probability = 0.0  # of each of brightness, contrast, saturation and hue
+    c.data.class_uniform_share = 0.0  # of the crops, drawn around a pixel of a random class
+    c.data.bad_records = "error"  # error, or mask: an unreadable image becomes ignored pixels
     c.data.workers = 0  # decoding processes on this host; 0 decodes in threads of the trainer
     c.data.threads = 2  # reading threads per process
     c.data.prefetch = 2  # batches kept ready
@@ -144,6 +148,9 @@ def validate(config: ml_collections.ConfigDict) -> None:
     for name in positive:
         if not values[name] > 0:
             raise ConfigError(f"{name}={values[name]}; it must be positive")
+    if not 0 <= values["data.class_uniform_share"] <= 1:
+        share = values["data.class_uniform_share"]
+        raise ConfigError(f"data.class_uniform_share={share}; allowed: 0..1")
     if values["data.scale_max"] < values["data.scale_min"]:
         raise ConfigError(
             f"data.scale_max={values['data.scale_max']} is below "

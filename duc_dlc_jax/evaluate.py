@@ -17,6 +17,7 @@ from jax.experimental import multihost_utils
 from duc_dlc_jax import cli, metrics, pictures, sharding, workdirs
 from duc_dlc_jax.data import pipeline
 from duc_dlc_jax.data.labels import IGNORE, LabelSpec
+from duc_dlc_jax.data.records import open_records
 from duc_dlc_jax.models.segmenter import Segmenter
 
 HEADLINE = ("PA", "mPA", "mIoU", "final_score")
@@ -144,7 +145,7 @@ def main(_) -> None:
     data = run.config.data
     if args.data_dir:
         data.dir = args.data_dir
-    records = pipeline.open_records(data, args.split or data.eval_split)
+    records = open_records(data, args.split or data.eval_split)
     examples = pipeline.eval_examples(records, jax.process_index(), jax.process_count())
     evaluator = Evaluator(run.model, run.spec, run.config.eval.batch_size)
     scores, kept = evaluator.run(run.variables, examples, keep=args.pictures)

@@ -23,7 +23,9 @@ from duc_dlc_jax import config as config_lib
 from duc_dlc_jax import optimizer as optimizers
 from duc_dlc_jax.data import pipeline
 from duc_dlc_jax.data.labels import IGNORE, LabelSpec
+from duc_dlc_jax.data.records import open_records
 from duc_dlc_jax.models import pretrained, segmenter
+from duc_dlc_jax.progress import Progress
 from duc_dlc_jax.train_step import TrainState, create_state, init_variables, make_train_step
 
 
@@ -44,8 +46,8 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, A
     workdir = Path(workdir)
     mesh = sharding.data_mesh()
     sharding.check_batch(config.train.batch_size, mesh.size)
-    records = pipeline.open_records(config.data, config.data.train_split)
-    val_records = pipeline.open_records(config.data, config.data.eval_split)
+    records = open_records(config.data, config.data.train_split)
+    val_records = open_records(config.data, config.data.eval_split)
     for split in (records, val_records):
         if not split.labelled:
             raise config_lib.ConfigError(f"split {split.split} of {split.folder} has no labels")
@@ -77,7 +79,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, A
 def _loop(config, state, steps, batches, train_step, evaluation, saved, writer) -> dict[str, Any]:
     """The steps from the state's on; returns the scores of the last evaluation."""
     first, scores = int(state.step), {}
-    progress = writers.Progress(steps)
+    progress = Progress(steps, "step", quiet=jax.process_index() != 0)
     figures = writers.StepFigures(config.train.batch_size)
     learning_rate = optimizers.poly_schedule(
         config.optimizer.learning_rate, config.optimizer.power, steps

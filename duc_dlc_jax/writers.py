@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import sys
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -73,42 +72,6 @@ class Writer:
             self._events.close()
 
 
-class Progress:
-    """One line: step, loss, rate and time left; redrawn on a terminal, plain lines in a log."""
-
-    def __init__(self, steps: int):
-        self._steps, self._stream = steps, sys.stderr
-        self._quiet = jax.process_index() != 0
-        self._origin: tuple[int, float] | None = None  # first finished step: compilation is over
-        self._last, self._paused = 0.0, 0.0
-
-    def pause(self, seconds: float) -> None:
-        """Leaves `seconds` of evaluation or checkpointing out of the estimate."""
-        self._paused += seconds
-
-    def show(self, step: int, text: str, log: bool) -> None:
-        """Redraws a terminal at most 4 times a second; in a log writes when `log` is set."""
-        now = time.monotonic()
-        first, start = self._origin = self._origin or (step, now)
-        line = f"step {step}/{self._steps}  {text}"
-        if step > first:
-            pace = (now - start - self._paused) / (step - first)
-            line += f"  {_clock(pace * (self._steps - step))} left"
-        if not self._stream.isatty():
-            if log:
-                self.say(line)
-        elif not self._quiet and (now - self._last > 0.25 or step == self._steps):
-            self._stream.write(f"\r\x1b[K{line}")
-            self._stream.flush()
-            self._last = now
-
-    def say(self, text: str) -> None:
-        """A line that stays, above the progress line."""
-        if not self._quiet:
-            self._stream.write(("\r\x1b[K" if self._stream.isatty() else "") + text + "\n")
-            self._stream.flush()
-
-
 class StepFigures:
     """Figures of the steps since the last log line; keeps at most two steps in flight."""
 
@@ -164,9 +127,3 @@ class StepFigures:
                     f"{step}: nothing was saved since the last checkpoint; lower "
                     "optimizer.learning_rate or set optimizer.clip_norm"
                 )
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -1,4 +1,4 @@
-"""Bytes to arrays and back. Images: OpenCV, RGB order. Masks: Pillow, indices as stored.
+"""Bytes to arrays and back. Images: OpenCV, RGB order. Masks: Pillow, values as stored.
 
 EXIF policy, in every decoder: an image is turned the way its EXIF orientation says (OpenCV's and
 viewers' default); a mask is taken as it lies, and must have the size of the turned image.
@@ -7,7 +7,6 @@ viewers' default); a mask is taken as it lies, and must have the size of the tur
 from __future__ import annotations
 
 import io
-import pathlib
 
 import cv2
 import numpy as np
@@ -24,69 +23,94 @@ def decode_image(data: bytes, name: str) -> np.ndarray:
     Raises:
       DataError: the bytes are no image; names it.
     """
-    image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR) if data else None
+    image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB) if data else None
     if image is None:
         raise DataError(f"{name}: {len(data)} bytes that are not a readable PNG or JPEG image")
-    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+    return image
 
 
-def decode_label(data: bytes, name: str) -> np.ndarray:
-    """Decodes a prepared label (8-bit grey PNG of train ids) to uint8 [H, W]."""
-    try:
-        with Image.open(io.BytesIO(data)) as label:
-            return np.array(label, np.uint8)
-    except OSError as error:
-        raise DataError(f"{name}: its label is not a readable PNG: {error}") from error
-
-
-def encode_png(array: np.ndarray) -> bytes:
-    """Encodes RGB uint8 [H, W, 3] or ids uint8 [H, W] as PNG bytes, losslessly."""
-    pixels = array if array.ndim == 2 else cv2.cvtColor(array, cv2.COLOR_RGB2BGR)
-    ok, data = cv2.imencode(".png", pixels)
+def encode_image(image: np.ndarray, encoding: str) -> bytes:
+    """Encodes RGB uint8 [H, W, 3] as "raw" pixels, "png" or "jpeg" of quality 95."""
+    if encoding == "raw":
+        return image.tobytes()
+    options = {"png": [cv2.IMWRITE_PNG_COMPRESSION, 3], "jpeg": [cv2.IMWRITE_JPEG_QUALITY, 95]}
+    pixels = cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
+    ok, data = cv2.imencode("." + encoding, pixels, options[encoding])
     if not ok:
-        raise DataError(f"an array of {array.dtype} {array.shape} could not be encoded as PNG")
+        raise DataError(f"an array of {image.dtype} {image.shape} could not be encoded")
     return data.tobytes()
 
 
-def read_image_file(path: pathlib.Path) -> tuple[bytes, int, int]:
-    """Reads an image file once and decodes it fully, so that a bad one is found when preparing.
+def check_image(data: bytes, name: str) -> tuple[str, int, int]:
+    """Decodes an image file fully, so that a bad one is found when preparing.
 
     Returns:
-      Its bytes, and height and width in pixels after EXIF orientation.
+      "png" or "jpeg", and height and width in pixels after EXIF orientation.
 
     Raises:
       DataError: unreadable, truncated or 16-bit; names the file.
     """
-    data = path.read_bytes()
-    if data.startswith(_PNG) and data[24] == 16:
-        raise DataError(f"{path}: a 16-bit PNG; images must have 8 bits a channel")
+    if data.startswith(_PNG) and data[24:25] == b"\x10":
+        raise DataError(f"{name}: a 16-bit PNG; images must have 8 bits a channel")
     try:
         with Image.open(io.BytesIO(data)) as image:
             if image.format not in ("PNG", "JPEG"):
-                raise DataError(f"{path}: a {image.format} image; allowed: PNG, JPEG")
+                raise DataError(f"{name}: a {image.format} image; allowed: PNG, JPEG")
+            kind = image.format.lower()
             image.load()
             width, height = ImageOps.exif_transpose(image).size
-    except (OSError, SyntaxError) as error:
-        raise DataError(f"{path}: unreadable or truncated image: {error}") from error
-    return data, height, width
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise DataError(f"{name}: unreadable or truncated image: {error}") from error
+    return kind, height, width
 
 
-def read_mask_file(path: pathlib.Path) -> np.ndarray:
-    """Reads a mask of raw ids, grey or palette PNG of at most 8 bits, as uint8 [H, W].
+def read_mask(data: bytes, name: str, colours: bool = False) -> np.ndarray:
+    """Decodes a mask file to raw ids [H, W] exactly as stored.
+
+    Args:
+      data: of a PNG, or of a .mat file with the array LabelMap (PASCAL-Context's originals).
+      name: for messages.
+      colours: the mask is a picture whose colours are the ids: int32, 0xRRGGBB. Otherwise ids are
+        grey levels or palette indices: uint8, or uint16 from 16-bit PNGs and .mat files.
 
     Raises:
-      DataError: unreadable, 16-bit, or colours where ids are expected; names the file.
+      DataError: unreadable, or colours where ids are expected or the reverse; names the file.
     """
+    if name.endswith(".mat"):
+        return _read_label_map(data, name)
     try:
-        with Image.open(path) as mask:
+        with Image.open(io.BytesIO(data)) as mask:
             mask.load()
-    except (OSError, SyntaxError) as error:
-        raise DataError(f"{path}: unreadable or truncated mask: {error}") from error
-    if mask.mode.startswith(("I", "F")):
-        raise DataError(f"{path}: a 16-bit mask (mode {mask.mode}); ids must be stored in 8 bits")
+            if colours:
+                return _colours(mask, name)
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise DataError(f"{name}: unreadable or truncated mask: {error}") from error
+    if mask.mode in ("I;16", "I;16B", "I"):
+        return np.array(mask).astype(np.uint16)
     if mask.mode not in ("L", "P", "1"):
         raise DataError(
-            f"{path}: a colour mask (mode {mask.mode}) where class ids are expected; "
+            f"{name}: a colour mask (mode {mask.mode}) where class ids are expected; "
             "use the PNGs whose pixel values are ids (modes L and P)"
         )
     return np.array(mask).astype(np.uint8)
+
+
+def _colours(mask: Image.Image, name: str) -> np.ndarray:
+    if mask.mode == "RGBA" and np.array(mask)[..., 3].min() == 255:
+        mask = mask.convert("RGB")
+    if mask.mode not in ("RGB", "P"):
+        raise DataError(f"{name}: a mask of mode {mask.mode} where RGB colours are expected")
+    rgb = np.array(mask.convert("RGB")).astype(np.int32)
+    return rgb[..., 0] << 16 | rgb[..., 1] << 8 | rgb[..., 2]
+
+
+def _read_label_map(data: bytes, name: str) -> np.ndarray:
+    import scipy.io  # late: 0.2 s
+
+    try:
+        label = scipy.io.loadmat(io.BytesIO(data), variable_names=["LabelMap"])["LabelMap"]
+    except Exception as error:  # scipy raises what it meets: KeyError, TypeError, zlib.error, ...
+        raise DataError(f"{name}: no readable array LabelMap: {error!r}") from error
+    if label.ndim != 2 or label.dtype.kind not in "iu" or label.min(initial=0) < 0:
+        raise DataError(f"{name}: LabelMap is {label.dtype} {label.shape}; ids [H, W] expected")
+    return label.astype(np.uint16)

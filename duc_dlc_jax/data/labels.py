@@ -1,7 +1,8 @@
 """The label contract of a data set: raw id -> train id -> name, colour and submission id.
 
 One `LabelSpec` drives the builder, the loss, the metric, the pictures and the exported model.
-Class names, palettes and id tables live in `labels.json` beside this file.
+Class names, palettes and id tables live in `labels.json` beside this file. Where masks are RGB
+pictures, the raw id of a colour is the number 0xRRGGBB.
 """
 
 from __future__ import annotations
@@ -11,12 +12,14 @@ import difflib
 import functools
 import json
 import pathlib
+from collections.abc import Iterable
 
 import numpy as np
 
 from duc_dlc_jax.config import ConfigError
 
 IGNORE = 255  # the train id that neither the loss nor the metric counts
+SOURCE_IDS = 459  # categories of PASCAL-Context's .mat files, from 1 on
 
 
 class DataError(ValueError):
@@ -33,6 +36,7 @@ class LabelSpec:
       palette: (red, green, blue) in 0..255 by train id.
       raw_to_train: every id a mask on disk may hold -> its train id, or `IGNORE`.
       submission_ids: the id a benchmark server expects, by train id.
+      colours: the masks are RGB and their raw ids colours, 0xRRGGBB.
     """
 
     name: str
@@ -40,6 +44,7 @@ class LabelSpec:
     palette: tuple[tuple[int, int, int], ...]
     raw_to_train: dict[int, int]
     submission_ids: tuple[int, ...]
+    colours: bool = False
 
     def __post_init__(self):
         count = len(self.classes)
@@ -60,16 +65,9 @@ class LabelSpec:
     def num_classes(self) -> int:
         return len(self.classes)
 
-    def lookup(self) -> np.ndarray:
-        """Returns the table raw id -> train id, uint8 [>= 256]; ids not listed give `IGNORE`."""
-        table = np.full(max(256, max(self.raw_to_train) + 1), IGNORE, np.uint8)
-        for raw, train in self.raw_to_train.items():
-            table[raw] = train
-        return table
-
     def unknown(self, raw: np.ndarray) -> list[int]:
         """Returns the values of a raw mask that are outside the contract, ascending."""
-        return sorted({int(v) for v in np.unique(raw)} - set(self.raw_to_train))
+        return sorted({int(v) for v in _values(raw)} - set(self.raw_to_train))
 
     def encode(self, raw: np.ndarray) -> np.ndarray:
         """Maps raw ids (integer, any shape) to train ids (uint8, same shape).
@@ -79,10 +77,24 @@ class LabelSpec:
         """
         if outside := self.unknown(raw):
             raise DataError(
-                f"label values {_ranges(outside)} are outside the contract of {self.name}; "
-                f"allowed: {_ranges(self.raw_to_train)}"
+                f"label values {self.written(outside)} are outside the contract of {self.name}; "
+                f"allowed: {self.written(self.raw_to_train)}"
             )
-        return self.lookup()[raw]
+        keys = np.array(sorted(self.raw_to_train))
+        trains = np.array([self.raw_to_train[int(key)] for key in keys], np.uint8)
+        if keys[-1] < 2**16:
+            table = np.zeros(keys[-1] + 1, np.uint8)
+            table[keys] = trains
+            return table[raw]
+        return trains[np.searchsorted(keys, raw)]
+
+    def written(self, raw_ids: Iterable[int], limit: int = 40) -> str:
+        """Writes raw ids for people: 0..5, 7 or #804080, #c0c080; at most `limit` colours."""
+        if not self.colours:
+            return _ranges(raw_ids)
+        shown = [f"#{value:06x}" for value in sorted(raw_ids)]
+        more = f" and {len(shown) - limit} more" if len(shown) > limit else ""
+        return ", ".join(shown[:limit]) + more
 
     def colourise(self, ids: np.ndarray) -> np.ndarray:
         """Paints train ids, uint8 [H, W], as RGB uint8 [H, W, 3]; `IGNORE` is black."""
@@ -104,16 +116,24 @@ class LabelSpec:
             palette=tuple((r, g, b) for r, g, b in fields["palette"]),
             raw_to_train={int(raw): train for raw, train in fields["raw_to_train"].items()},
             submission_ids=tuple(fields["submission_ids"]),
+            colours=fields.get("colours", False),
         )
 
 
-def label_spec(name: str) -> LabelSpec:
+def label_spec(name: str, masks: str = "ids") -> LabelSpec:
     """Returns the specification of a known data set.
 
     `pascal_context` has 59 classes and ignores the background; `pascal_context_60` counts it.
 
+    Args:
+      name: of the data set.
+      masks: what its masks hold: `ids`, the usual ones; `train_ids`, already 0..K - 1 and 255
+        (Cityscapes' labelTrainIds); `colours` (CamVid's 32); `source_ids`, the 459 of
+        PASCAL-Context's .mat files, of which those outside the 59 classes are background.
+
     Raises:
       ConfigError: unknown name; gives the nearest valid one and the list.
+      KeyError: the data set has no such masks.
     """
     table = _table()
     valid = sorted([*table, "pascal_context"])
@@ -124,13 +144,25 @@ def label_spec(name: str) -> LabelSpec:
     entry = table["pascal_context_60" if name == "pascal_context" else name]
     palette = entry.get("palette") or [voc_colour(i) for i in entry["raw_ids"]]
     first = 1 if name == "pascal_context" else 0  # 59 classes: without the background, raw id 0
+    classes = tuple(entry["classes"][first:])
     kept, ignored = entry["raw_ids"][first:], entry["raw_ids"][:first] + entry["ignored_raw_ids"]
+    ids = {raw: k for k, raw in enumerate(kept)} | dict.fromkeys(ignored, IGNORE)
+    tables = {
+        "ids": lambda: ids,
+        "train_ids": lambda: {k: k for k in range(len(classes))} | {IGNORE: IGNORE},
+        "colours": lambda: {int(rgb, 16): ids[raw] for rgb, raw in entry["colours"].items()},
+        "source_ids": lambda: (
+            dict.fromkeys(range(SOURCE_IDS + 1), ids[0])
+            | {source: ids[k] for k, source in enumerate(entry["source_ids"])}
+        ),
+    }
     return LabelSpec(
         name=name,
-        classes=tuple(entry["classes"][first:]),
+        classes=classes,
         palette=tuple((r, g, b) for r, g, b in palette[first:]),
-        raw_to_train={raw: k for k, raw in enumerate(kept)} | dict.fromkeys(ignored, IGNORE),
+        raw_to_train=tables[masks](),
         submission_ids=tuple(entry["submission_ids"][first:]),
+        colours=masks == "colours",
     )
 
 
@@ -148,7 +180,14 @@ def _table() -> dict:
     return json.loads((pathlib.Path(__file__).parent / "labels.json").read_text())
 
 
-def _ranges(values) -> str:
+def _values(raw: np.ndarray) -> np.ndarray:
+    """Returns the distinct values of an integer array, ascending."""
+    if raw.dtype.itemsize <= 2 and raw.dtype.kind == "u":  # counting is ten times a sort's speed
+        return np.flatnonzero(np.bincount(raw.ravel()))
+    return np.unique(raw)
+
+
+def _ranges(values: Iterable[int]) -> str:
     """Writes sorted integers briefly: 0..5, 7, 9..11."""
     parts, values = [], sorted(values)
     for i, value in enumerate(values):

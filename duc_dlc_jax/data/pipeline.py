@@ -3,7 +3,8 @@
 Row r of step s has the global position p = s * batch_size + r. Its epoch is p // n and its record
 the (p % n)-th of that epoch's permutation, so batches run across epoch borders, nothing is dropped
 and nothing depends on the number of processes, workers or threads, or on where a run was resumed.
-Augmentation is drawn from (seed, epoch, record).
+Augmentation is drawn from (seed, epoch, record). Under class-uniform sampling a share of the
+positions takes another record instead, drawn from (seed, position).
 
 No TensorFlow here.
 """
@@ -13,117 +14,31 @@ from __future__ import annotations
 import collections
 import concurrent.futures
 import functools
-import json
-import pathlib
-import threading
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from absl import flags
+from absl import flags, logging
 
 from duc_dlc_jax.config import ConfigError
-from duc_dlc_jax.data import builders, codec
-from duc_dlc_jax.data.labels import IGNORE, LabelSpec
+from duc_dlc_jax.data.labels import IGNORE
+from duc_dlc_jax.data.records import RecordError, Records
 from duc_dlc_jax.data.transforms import Augmentation, train_transform
 
 if TYPE_CHECKING:
     import grain  # imported where used: 2 s
 
 
-class Records:
-    """Random access to the decoded examples of one split; see `open_records`.
-
-    Pickles as a folder and a split: every worker process opens the files for itself.
-
-    Attributes:
-      spec: the label specification written beside the records.
-      labelled: whether every image of the split has labels.
-    """
-
-    def __init__(self, folder: pathlib.Path, split: str, in_memory: bool = False):
-        self.folder, self.split, self.in_memory = folder, split, in_memory
-        self.spec = LabelSpec.from_json((folder / builders.SPEC_FILE).read_text())
-        row = json.loads((folder / builders.SUMMARY_FILE).read_text())[split]
-        self._length, self.labelled = row["images"], row["labelled"] == row["images"]
-        self._open()
-
-    def _open(self) -> None:
-        self._source, self._cache, self._lock = None, {}, threading.Lock()
-
-    def __getstate__(self) -> dict:
-        hidden = ("_source", "_cache", "_lock")
-        return {k: v for k, v in self.__dict__.items() if k not in hidden}
-
-    def __setstate__(self, state: dict) -> None:
-        self.__dict__.update(state)
-        self._open()
-
-    def __len__(self) -> int:
-        return self._length
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        """Returns image uint8 [H, W, 3], label uint8 [H, W] (all 255 without labels) and name.
-
-        Raises:
-          RuntimeError: the record cannot be read; names it.
-        """
-        if index in self._cache:
-            return self._cache[index]
-        try:
-            example = self._decode(index)
-        except Exception as error:
-            raise RuntimeError(f"record {index} of {self.folder}, {self.split}: {error}") from error
-        if self.in_memory:
-            self._cache[index] = example
-        return example
-
-    def _decode(self, index: int) -> dict[str, Any]:
-        record = self._raw()[index]
-        name = record["name"].decode()
-        image = codec.decode_image(record["image"], name)
-        if record["label"]:
-            label = codec.decode_label(record["label"], name)
-        else:
-            label = np.full(image.shape[:2], IGNORE, np.uint8)
-        return {"image": image, "label": label, "name": name}
-
-    def _raw(self):
-        with self._lock:
-            if self._source is None:
-                import tensorflow_datasets as tfds  # late: 0.7 s
-
-                builder: Any = tfds.builder_from_directory(str(self.folder))
-                self._source = builder.as_data_source(self.split)
-        return self._source
-
-
-def open_records(data: Any, split: str) -> Records:
-    """Opens one split of a prepared data set; `data` is `config.data` (name, dir, in_memory).
-
-    Raises:
-      FileNotFoundError: not prepared; gives the folder and the command that prepares it.
-      ConfigError: no such split; lists those there are.
-    """
-    folder = builders.prepared_dir(data.dir, data.name)
-    if not (folder / builders.SUMMARY_FILE).is_file():
-        raise FileNotFoundError(
-            f"no prepared records of {data.name!r} in {folder}. Prepare them: "
-            f"{builders.prepare_command(data.name, data.dir)}"
-        )
-    splits = json.loads((folder / builders.SUMMARY_FILE).read_text())
-    if split not in splits:
-        raise ConfigError(f"no split {split!r} in {folder}; it has: {', '.join(splits)}")
-    return Records(folder, split, data.in_memory)
-
-
 class _Positions:
     """This process's rows of all steps, in order: what grain reads by index."""
 
-    def __init__(self, records, config, seed, batch_size, steps, process_index, process_count):
-        self._records, self._config, self._seed = records, config, seed
+    def __init__(self, records, data, seed, batch_size, steps, process_index, process_count):
+        self._records, self._augmentation = records, Augmentation.from_config(data)
+        self._seed, self._mask_bad = seed, data.bad_records == "mask"
         self._batch, self._rows = batch_size, batch_size // process_count
         self._steps, self._first_row = steps, process_index * self._rows
+        share = data.class_uniform_share
+        self._by_class = ClassUniform(records.class_points(), share, seed) if share else None
 
     def __len__(self) -> int:
         return len(self._steps) * self._rows
@@ -131,17 +46,61 @@ class _Positions:
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         index = int(index)
         step = self._steps[index // self._rows]
-        epoch, offset = divmod(
-            step * self._batch + self._first_row + index % self._rows, len(self._records)
-        )
-        record = int(permutation(self._seed, epoch, len(self._records))[offset])
-        example = self._records[record]
-        rng = np.random.default_rng([self._seed, epoch, record])
+        position = step * self._batch + self._first_row + index % self._rows
+        epoch, offset = divmod(position, len(self._records))
+        record, focus = int(permutation(self._seed, epoch, len(self._records))[offset]), None
+        keys = [self._seed, epoch, record]
+        if self._by_class and (drawn := self._by_class.draw(position)):
+            record, focus = drawn
+            keys = [self._seed, epoch, record, position]
+        image, label, bad = self._crop(record, np.random.default_rng(keys), focus)
+        return {
+            "image": image,
+            "label": label,
+            "record": np.array(record, np.int32),
+            "bad": np.array(bad),
+        }
+
+    def _crop(self, record: int, rng, focus) -> tuple[np.ndarray, np.ndarray, bool]:
+        def read(box):
+            region = self._records.region(record, box)
+            return region["image"], region["label"]
+
         try:
-            image, label = train_transform(example["image"], example["label"], rng, self._config)
+            size = self._records.size(record)
+            return *train_transform(read, size, rng, self._augmentation, focus), False
         except Exception as error:
-            raise RuntimeError(f"record {record}, {example['name']}: {error}") from error
-        return {"image": image, "label": label, "record": np.array(record, np.int32)}
+            if not isinstance(error, RecordError):
+                where = f"record {record} of {self._records.folder}, {self._records.split}"
+                error = RecordError(f"{where}: {type(error).__name__}: {error}")
+            if not self._mask_bad:
+                raise error from error.__cause__
+            logging.warning("masked: %s", error)
+        side = self._augmentation.crop_size
+        return np.zeros((side, side, 3), np.uint8), np.full((side, side), IGNORE, np.uint8), True
+
+
+class ClassUniform:
+    """Draws a record and a pixel in it so that every class is as likely as any other.
+
+    Half of NVIDIA's recipe (Zhu et al., 2019): there half of an epoch is drawn this way.
+    """
+
+    def __init__(self, points: np.ndarray, share: float, seed: int):
+        """points: `Records.class_points`; share: of the positions that are drawn, 0 to 1."""
+        order = np.argsort(points[:, 1], kind="stable")
+        self._points, self._share, self._seed = points[order], share, seed
+        self._starts = np.flatnonzero(np.diff(self._points[:, 1], prepend=-1))
+        self._ends = np.append(self._starts[1:], len(points))
+
+    def draw(self, position: int) -> tuple[int, tuple[int, int]] | None:
+        """Returns (record, (y, x)) for a position, or None where the epoch's own record stays."""
+        rng = np.random.default_rng([self._seed, position, 1])
+        if not len(self._points) or rng.random() >= self._share:
+            return None
+        chosen = rng.integers(len(self._starts))
+        point = self._points[rng.integers(self._starts[chosen], self._ends[chosen])]
+        return int(point[0]), (int(point[2]), int(point[3]))
 
 
 @functools.lru_cache(maxsize=4)
@@ -163,7 +122,8 @@ def train_iterator(
 ) -> grain.DatasetIterator[dict[str, np.ndarray]]:
     """Iterates over this process's rows of the training batches of steps start_step..steps - 1.
 
-    `data` is `config.data`: the fields of `Augmentation`, threads, workers and prefetch.
+    `data` is `config.data`: the fields of `Augmentation`, class_uniform_share, bad_records,
+    threads, workers and prefetch.
 
     Process p holds the rows [p B / P, (p + 1) B / P) of each global batch of B: concatenated in
     process order they are the batch a single process would see. The result is a grain iterator
@@ -172,9 +132,11 @@ def train_iterator(
     also on another number of processes.
 
     Yields:
-      image uint8 [b, C, C, 3], label uint8 [b, C, C], record int32 [b]; b = B / P.
+      image uint8 [b, C, C, 3], label uint8 [b, C, C], record int32 [b], bad bool [b]; b = B / P.
+      A bad record (data.bad_records = "mask") is black and all ignored, in its own place.
 
     Raises:
+      RecordError: from `next`: a record that cannot be read or cropped; names it.
       ConfigError: the batch does not divide, or the split has no labels or no images.
     """
     if batch_size < 1 or batch_size % process_count:
@@ -193,7 +155,7 @@ def train_iterator(
 
     positions = _Positions(
         records,
-        Augmentation.from_config(data),
+        data,
         seed,
         batch_size,
         range(start_step, steps),

@@ -1,34 +1,68 @@
 """Turns a download into records: python -m duc_dlc_jax.data.prepare --dataset=camvid \
---raw_dir=FOLDER --data_dir=data [--strict]
+--raw_dir=FOLDER --data_dir=data [--encoding=auto] [--strict]
 
-Every mask is read and checked against the label contract. The records, the label specification
-and the pixel counts appear together in DATA_DIR/NAME/VERSION when all is done, or not at all.
-Needs TensorFlow (reading the records does not).
+FOLDER may hold the unpacked files or the official archives as downloaded. Every mask is read and
+checked against the label contract. The records, the label specification and the pixel counts
+appear together in DATA_DIR/NAME/VERSION when all is done, or not at all: a killed call can simply
+be repeated. Needs TensorFlow (reading the records does not).
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import pathlib
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
 
 from absl import app, flags, logging
 
 from duc_dlc_jax import cli
 from duc_dlc_jax.data import builders
-from duc_dlc_jax.data.builders import sources
+from duc_dlc_jax.data.builders import files, sources
+from duc_dlc_jax.data.builders.sources import Item, Listing
 from duc_dlc_jax.data.labels import IGNORE, DataError, LabelSpec, label_spec
 
 
+@contextlib.contextmanager
+def listed(name: str, raw_dir: str | None) -> Iterator[tuple[Listing, LabelSpec]]:
+    """Yields what a download holds and the label contract of its masks; files stay readable inside.
+
+    Raises:
+      ConfigError: unknown data set.
+      DataError: missing, partial or contradictory input.
+    """
+    label_spec(name)
+    source = sources.SOURCES[name]
+    if name == "scenes":
+        yield source.list_splits({}), label_spec(name)
+        return
+    if not raw_dir or not pathlib.Path(raw_dir).exists():
+        raise DataError(
+            f"--raw_dir={raw_dir or ''} is no folder and no archive. {name} is read from "
+            f"{source.layout}. Download: {source.download}"
+        )
+    with files.find(pathlib.Path(raw_dir)) as found:
+        listing = sources.list_items(source, name, pathlib.Path(raw_dir), found)
+        yield listing, label_spec(name, listing.masks)
+
+
 def prepare(
-    name: str, raw_dir: str | None, data_dir: str | pathlib.Path, strict: bool = False
+    name: str,
+    raw_dir: str | None,
+    data_dir: str | pathlib.Path,
+    strict: bool = False,
+    encoding: str = "auto",
 ) -> pathlib.Path:
     """Prepares a data set unless it is prepared already; prints the table of its splits.
 
     Args:
       name: of the data set, see `labels.label_spec`.
-      raw_dir: folder of the download; None for `scenes`.
+      raw_dir: folder of the download or of its archives, or one archive; None for `scenes`.
       data_dir: folder that receives NAME/VERSION.
       strict: a missing split or a count that differs from the official one is an error.
+      encoding: of the stored pixels, see `tfds_builder.make_example`.
 
     Returns:
       The folder of the records.
@@ -37,69 +71,54 @@ def prepare(
       ConfigError: unknown data set.
       DataError: missing, partial or contradictory input, or a difference under `strict`.
     """
-    spec, source = label_spec(name), sources.SOURCES[name]
+    source = sources.SOURCES[label_spec(name).name]
     folder = builders.prepared_dir(data_dir, name)
-    if (folder / builders.SUMMARY_FILE).is_file():
+    if is_prepared(folder):
         print(f"{name} is already prepared in {folder}; delete that folder to prepare it again")
     else:
-        splits = sources.list_items(source, name, raw_dir)
-        if strict:
-            sized = {split: _length(items) for split, items in splits.items()}
-            _refuse(name, count_differences(source, sized))
-        _build(name, splits, spec, data_dir)
-    summary = json.loads((folder / builders.SUMMARY_FILE).read_text())
-    differences = count_differences(source, {s: row["images"] for s, row in summary.items()})
-    print("\n".join([*table(summary, spec), *differences]))
+        with listed(name, raw_dir) as (listing, spec):
+            counts = {
+                split: len(items) if isinstance(items, list) else source.counts[split]
+                for split, items in listing.splits.items()
+            }
+            if strict:
+                _refuse(name, count_differences(source, counts))
+            build(name, listing.splits, spec, data_dir, counts, encoding)
+    differences = count_differences(
+        source, {s: row["images"] for s, row in summary(folder).items()}
+    )
+    print("\n".join([*table(summary(folder), read_spec(folder)), *differences]))
     if strict:
         _refuse(name, differences)
     return folder
 
 
-def count_differences(source: sources.Source, found: dict[str, int | None]) -> list[str]:
-    """Returns a line for each split that is missing or differs from the official count.
+def is_prepared(folder: pathlib.Path) -> bool:
+    return (folder / builders.SUMMARY_FILE).is_file()
 
-    Args:
-      source: has the official counts.
-      found: images by split; None where they are only known after building.
+
+def summary(folder: pathlib.Path) -> dict[str, dict]:
+    """Returns images, labelled images and pixels per train id of each prepared split."""
+    return json.loads((folder / builders.SUMMARY_FILE).read_text())
+
+
+def read_spec(folder: pathlib.Path) -> LabelSpec:
+    """Returns the label contract that a prepared data set was built with."""
+    return LabelSpec.from_json((folder / builders.SPEC_FILE).read_text())
+
+
+def build(
+    name: str,
+    splits: Mapping[str, Iterable[Item]],
+    spec: LabelSpec,
+    data_dir: str | pathlib.Path,
+    counts: dict[str, int],
+    encoding: str = "auto",
+) -> None:
+    """Writes the records of a data set; what an earlier call left unfinished is removed first.
+
+    Raises DataError where another process is preparing it, and ImportError without TensorFlow.
     """
-    lines = []
-    for split, official in source.counts.items():
-        if split not in found:
-            lines.append(f"split {split}: missing, officially {official} images")
-            continue
-        count = found[split]
-        if count is not None and abs(count - official) > source.tolerance:
-            lines.append(f"split {split}: {count} images, officially {official}")
-    return lines
-
-
-def table(summary: dict[str, dict], spec: LabelSpec) -> list[str]:
-    """Returns the lines of a table: per split images and ignored share, then pixels per class."""
-    lines = [f"{'split':<8}{'images':>8}{'labelled':>10}{'classes seen':>15}{'ignored':>10}"]
-    for split, row in summary.items():
-        total = max(sum(row["pixels"]), 1)
-        seen = sum(count > 0 for count in row["pixels"][: spec.num_classes])
-        lines.append(
-            f"{split:<8}{row['images']:>8}{row['labelled']:>10}"
-            f"{f'{seen} of {spec.num_classes}':>15}{row['pixels'][IGNORE] / total:>10.2%}"
-        )
-    lines += ["", f"{'id':>3}  {'class':<28}" + "".join(f"{f'{s} pixels':>16}" for s in summary)]
-    for k, label in enumerate(spec.classes):
-        pixels = "".join(f"{row['pixels'][k]:>16,}" for row in summary.values())
-        lines.append(f"{k:>3}  {label[:28]:<28}{pixels}")
-    return lines
-
-
-def _length(items) -> int | None:
-    return len(items) if hasattr(items, "__len__") else None
-
-
-def _refuse(name: str, differences: list[str]) -> None:
-    if differences:
-        raise DataError(f"{name}, with --strict: {'; '.join(differences)}")
-
-
-def _build(name: str, splits: dict, spec: LabelSpec, data_dir: str | pathlib.Path) -> None:
     try:
         import tensorflow  # noqa: F401
     except ImportError as error:
@@ -109,7 +128,60 @@ def _build(name: str, splits: dict, spec: LabelSpec, data_dir: str | pathlib.Pat
         ) from error
     from duc_dlc_jax.data.builders import tfds_builder
 
-    tfds_builder.build(name, splits, spec, str(data_dir))
+    parent = pathlib.Path(data_dir) / name
+    parent.mkdir(parents=True, exist_ok=True)
+    with open(parent / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise DataError(
+                f"{parent}: another process is preparing {name}; wait for it"
+            ) from error
+        for leftover in parent.glob("incomplete.*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        try:
+            tfds_builder.build(name, splits, spec, str(data_dir), counts, encoding)
+        finally:
+            (parent / ".lock").unlink(missing_ok=True)
+
+
+def count_differences(source: sources.Source, found: dict[str, int]) -> list[str]:
+    """Returns a line for each split that is missing or differs from the official count.
+
+    Args:
+      source: has the official counts.
+      found: images by split.
+    """
+    lines = []
+    for split, official in (source.counts | source.optional).items():
+        if split in found:
+            if abs(found[split] - official) > source.tolerance:
+                lines.append(f"split {split}: {found[split]} images, officially {official}")
+        elif split in source.counts:
+            lines.append(f"split {split}: missing, officially {official} images")
+    return lines
+
+
+def table(rows: dict[str, dict], spec: LabelSpec) -> list[str]:
+    """Returns the lines of a table: per split images and ignored share, then pixels per class."""
+    lines = [f"{'split':<8}{'images':>8}{'labelled':>10}{'classes seen':>15}{'ignored':>10}"]
+    for split, row in rows.items():
+        total = max(sum(row["pixels"]), 1)
+        seen = sum(count > 0 for count in row["pixels"][: spec.num_classes])
+        lines.append(
+            f"{split:<8}{row['images']:>8}{row['labelled']:>10}"
+            f"{f'{seen} of {spec.num_classes}':>15}{row['pixels'][IGNORE] / total:>10.2%}"
+        )
+    lines += ["", f"{'id':>3}  {'class':<28}" + "".join(f"{f'{s} pixels':>16}" for s in rows)]
+    for k, label in enumerate(spec.classes):
+        pixels = "".join(f"{row['pixels'][k]:>16,}" for row in rows.values())
+        lines.append(f"{k:>3}  {label[:28]:<28}{pixels}")
+    return lines
+
+
+def _refuse(name: str, differences: list[str]) -> None:
+    if differences:
+        raise DataError(f"{name}, with --strict: {'; '.join(differences)}")
 
 
 def main(argv: list[str]) -> None:
@@ -117,12 +189,13 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unexpected arguments {argv[1:]}; see --help")
     logging.set_verbosity(logging.WARNING)  # TFDS logs each of its steps
     args = flags.FLAGS
-    prepare(args.dataset, args.raw_dir, args.data_dir, args.strict)
+    prepare(args.dataset, args.raw_dir, args.data_dir, args.strict, args.encoding)
 
 
 if __name__ == "__main__":
     flags.DEFINE_string("dataset", None, "camvid, cityscapes, ade20k, ...", required=True)
     flags.DEFINE_string("raw_dir", None, "Folder of the download; scenes needs none.")
+    flags.DEFINE_enum("encoding", "auto", ["auto", "raw", "png", "jpeg"], "Of the stored pixels.")
     flags.DEFINE_string("data_dir", "data", "Folder that receives the records.")
     flags.DEFINE_bool("strict", False, "Fail on a missing split or an unofficial count.")
     cli.run(main)

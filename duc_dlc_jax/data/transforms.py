@@ -1,8 +1,9 @@
 """Training augmentation after FastFCN, on the pixels of the crop only.
 
 The order is the code base's: flip, short side to a random size, (rotation), padding on the right
-and bottom, random crop, (blur). Instead of resizing the whole image, each pixel of the crop is
-traced back to the source and sampled there: the same pixels, and the cost of the crop alone.
+and bottom, random crop, (blur), (colour). Instead of resizing the whole image, each pixel of the
+crop is traced back to the source and sampled there: the same pixels, and only the part of the
+source that they come from is read.
 
 Coordinates are pixel edges: pixel i covers [i, i + 1) and output pixel i of a resize from n to m
 pixels has its centre at (i + 0.5) n / m. The image is interpolated around that point (OpenCV's
@@ -13,6 +14,7 @@ shift the mask by up to half a pixel against the image.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import cv2
@@ -37,6 +39,7 @@ class Augmentation:
     antialias: bool
     blur_probability: float
     rotate_degrees: float
+    photometric_probability: float = 0.0
 
     @classmethod
     def from_config(cls, data: Any) -> Augmentation:
@@ -51,12 +54,23 @@ class Augmentation:
                 f"data.crop_size = {self.crop_size} must be at least 1, and the short side "
                 f"{self.base_size} x [{self.scale_min}, {self.scale_max}] must span 1 pixel or more"
             )
-        if not 0 <= self.blur_probability <= 1:
-            raise ConfigError(f"data.blur_probability = {self.blur_probability}; allowed: 0..1")
+        for name in ("blur_probability", "photometric_probability"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"data.{name} = {getattr(self, name)}; allowed: 0..1")
 
     def sizes(self) -> tuple[int, int]:
         """Returns the smallest and largest short side, pixels."""
         return int(self.base_size * self.scale_min), int(self.base_size * self.scale_max)
+
+
+@dataclasses.dataclass(frozen=True)
+class Colour:
+    """One drawn photometric distortion, in this order; the defaults change nothing."""
+
+    brightness: float = 0.0  # added grey levels
+    contrast: float = 1.0  # factor of all channels
+    saturation: float = 1.0  # factor, in HSV
+    hue: float = 0.0  # added degrees
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,19 +84,53 @@ class Geometry:
     flipped: bool = False
     degrees: float = 0.0  # about the centre of the resized image
     blur: float = 0.0  # standard deviation in pixels
+    colour: Colour | None = None
 
 
-def draw_geometry(rng: np.random.Generator, shape: tuple, config: Augmentation) -> Geometry:
-    """Draws a crop of a source of shape (H, W, ...)."""
+def draw_geometry(
+    rng: np.random.Generator,
+    shape: tuple,
+    config: Augmentation,
+    focus: tuple[int, int] | None = None,
+) -> Geometry:
+    """Draws a crop of a source of shape (H, W, ...); with `focus` one that holds the pixel (y, x).
+
+    (Under rotation the pixel may still turn out of a corner.)
+    """
     flipped = bool(rng.random() < 0.5) and config.flip != "none"
     low, high = config.sizes()
     height, width = resized_shape(shape, int(rng.integers(low, high + 1)))
-    top = int(rng.integers(0, max(height - config.crop_size, 0) + 1))
-    left = int(rng.integers(0, max(width - config.crop_size, 0) + 1))
+    tops, lefts = (max(size - config.crop_size, 0) for size in (height, width))
+    rows, columns = (0, tops), (0, lefts)
+    if focus is not None:
+        y, x = (focus[0] + 0.5) * height / shape[0], (focus[1] + 0.5) * width / shape[1]
+        if flipped:
+            y, x = (y, width - x) if config.flip == "left_right" else (height - y, x)
+        rows, columns = (
+            (max(int(p) - config.crop_size + 1, 0), min(int(p), limit))
+            for p, limit in ((y, tops), (x, lefts))
+        )
+    top = int(rng.integers(rows[0], rows[1] + 1))
+    left = int(rng.integers(columns[0], columns[1] + 1))
     degrees = float(rng.uniform(-1, 1)) * config.rotate_degrees
     radius = float(rng.uniform(0, 1))
     blur = radius if rng.random() < config.blur_probability else 0.0
-    return Geometry(height, width, top, left, flipped, degrees, blur)
+    colour = None
+    if config.photometric_probability:
+        colour = draw_colour(rng, config.photometric_probability)
+    return Geometry(height, width, top, left, flipped, degrees, blur, colour)
+
+
+def draw_colour(rng: np.random.Generator, probability: float) -> Colour:
+    """Draws each distortion with `probability`, in the ranges of SSD (Liu et al., 2016)."""
+    ranges = {
+        "brightness": (-32, 32),
+        "contrast": (0.5, 1.5),
+        "saturation": (0.5, 1.5),
+        "hue": (-36, 36),
+    }
+    drawn = {name: float(rng.uniform(*limits)) for name, limits in ranges.items()}
+    return Colour(**{name: drawn[name] for name in ranges if rng.random() < probability})
 
 
 def resized_shape(shape: tuple, short: int) -> tuple[int, int]:
@@ -93,16 +141,25 @@ def resized_shape(shape: tuple, short: int) -> tuple[int, int]:
     return short, max(int(width * short / height), 1)
 
 
+Read = Callable[[tuple[int, int, int, int]], tuple[np.ndarray, np.ndarray]]
+
+
 def train_transform(
-    image: np.ndarray, label: np.ndarray, rng: np.random.Generator, config: Augmentation
+    read: Read,
+    shape: tuple[int, int],
+    rng: np.random.Generator,
+    config: Augmentation,
+    focus: tuple[int, int] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Cuts a random training crop; equal generators give equal crops.
 
     Args:
-      image: RGB uint8 [H, W, 3].
-      label: train ids uint8 [H, W].
+      read: (top, left, bottom, right) in pixels -> that part of the image, RGB uint8 [h, w, 3],
+        and of the label, train ids uint8 [h, w].
+      shape: (H, W) of the whole.
       rng: the only source of randomness.
       config: C = config.crop_size.
+      focus: (y, x) of a pixel that the crop shall hold.
 
     Returns:
       Image uint8 [C, C, 3], black where padded, and label uint8 [C, C], 255 where padded.
@@ -110,27 +167,45 @@ def train_transform(
     Raises:
       DataError: image and label differ in size; gives both.
     """
-    if image.shape[:2] != label.shape:
-        raise DataError(f"image {image.shape[:2]} and label {label.shape} (H, W) differ in size")
-    geometry = draw_geometry(rng, image.shape, config)
-    return cut(image, label, geometry, config)
+    return cut(read, shape, draw_geometry(rng, shape, config, focus), config)
 
 
 def cut(
-    image: np.ndarray, label: np.ndarray, geometry: Geometry, config: Augmentation
+    read: Read, shape: tuple[int, int], geometry: Geometry, config: Augmentation
 ) -> tuple[np.ndarray, np.ndarray]:
     """Samples one crop; shapes as in `train_transform`."""
     flip = config.flip if geometry.flipped else "none"
     size = (config.crop_size, config.crop_size)
-    x, y = source_points(label.shape, geometry, size, flip)
-    crop_label = sample_label(label, x, y)
-    if config.antialias and geometry.height < image.shape[0]:
-        image = _shrink(image, geometry.height, geometry.width)
-        x, y = source_points(image.shape, geometry, size, flip)
-    crop = sample_image(image, x, y)
+    x, y = source_points(shape, geometry, size, flip)
+    shrink = config.antialias and geometry.height < shape[0]
+    reach = 3 * shape[0] / geometry.height if shrink else 1  # of the filter, source pixels
+    box = _bounds(x, y, shape, reach)
+    image, label = read(box)
+    if image.shape[:2] != label.shape:
+        raise DataError(f"image {image.shape[:2]} and label {label.shape} (H, W) differ in size")
+    inside = (x >= 0) & (x < shape[1]) & (y >= 0) & (y < shape[0])
+    crop_label = sample_label(label, x - box[1], y - box[0])
+    if shrink:
+        x, y = x * geometry.width / shape[1], y * geometry.height / shape[0]
+        image, box = _shrink(image, box, shape, geometry, _bounds(x, y, _resized(geometry), 1))
+    crop = sample_image(image, x - box[1], y - box[0], inside)
     if geometry.blur > 0:
         crop = cv2.GaussianBlur(crop, (0, 0), max(geometry.blur, 0.05))
+    if geometry.colour is not None:
+        crop = distort(crop, geometry.colour)
+        crop[~np.broadcast_to(inside, crop_label.shape)] = 0
     return crop, crop_label
+
+
+def _bounds(x: np.ndarray, y: np.ndarray, shape: tuple, reach: float) -> tuple[int, int, int, int]:
+    """Returns (top, left, bottom, right) of the source pixels within `reach` of the points."""
+    edges = []
+    for points, size in ((y, shape[0]), (x, shape[1])):
+        low = min(max(int(np.floor(points.min() - reach)), 0), size - 1)
+        high = max(min(int(np.ceil(points.max() + reach)), size), low + 1)
+        edges.append((low, high))
+    (top, bottom), (left, right) = edges
+    return top, left, bottom, right
 
 
 def source_points(
@@ -170,17 +245,59 @@ def sample_label(label: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return np.where(inside, ids, np.uint8(IGNORE))
 
 
-def sample_image(image: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Interpolates each point between its four source pixels; black outside. uint8 [h, w, 3]."""
-    height, width = image.shape[:2]
-    x, y = np.broadcast_arrays(x, y)
-    inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
+def sample_image(image: np.ndarray, x: np.ndarray, y: np.ndarray, inside: np.ndarray) -> np.ndarray:
+    """Interpolates each point between its four source pixels; black where not `inside`.
+
+    x and y in pixel edges of `image`, uint8 [H, W, 3]. Returns uint8 [h, w, 3].
+    """
+    x, y, inside = np.broadcast_arrays(x, y, inside)
     columns, rows = (x - 0.5).astype(np.float32), (y - 0.5).astype(np.float32)
     crop = cv2.remap(image, columns, rows, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
     crop[~inside] = 0
     return crop
 
 
-def _shrink(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Resizes with Pillow's low-pass, the code base's own operation."""
-    return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
+def distort(image: np.ndarray, colour: Colour) -> np.ndarray:
+    """Changes brightness, contrast, saturation and hue of RGB uint8 [h, w, 3]."""
+    table = (np.arange(256) + colour.brightness) * colour.contrast
+    image = cv2.LUT(image, np.clip(np.rint(table), 0, 255).astype(np.uint8))
+    if (colour.saturation, colour.hue) == (1.0, 0.0):
+        return image
+    hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV)  # hue in steps of 2 degrees
+    levels = np.arange(256)
+    tables = (
+        (levels + round(colour.hue / 2)) % 180,
+        np.clip(np.rint(levels * colour.saturation), 0, 255),
+        levels,
+    )
+    hsv = cv2.LUT(hsv, np.stack(tables, axis=-1)[None].astype(np.uint8))
+    return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)
+
+
+def _resized(geometry: Geometry) -> tuple[int, int]:
+    return geometry.height, geometry.width
+
+
+def _shrink(
+    image: np.ndarray, box: tuple, shape: tuple, geometry: Geometry, wanted: tuple
+) -> tuple[np.ndarray, tuple]:
+    """Resizes with Pillow's low-pass, the code base's own operation, the part that is wanted.
+
+    Args:
+      image: the part `box` (top, left, bottom, right) of a source of shape (H, W).
+      geometry: the size after resizing.
+      wanted: (top, left, bottom, right) of the resized image.
+
+    Returns:
+      That part of the resized image, and `wanted`.
+    """
+    down, right = shape[0] / geometry.height, shape[1] / geometry.width
+    edges = (
+        max(wanted[1] * right - box[1], 0),
+        max(wanted[0] * down - box[0], 0),
+        min(wanted[3] * right - box[1], image.shape[1]),
+        min(wanted[2] * down - box[0], image.shape[0]),
+    )
+    size = (wanted[3] - wanted[1], wanted[2] - wanted[0])
+    small = Image.fromarray(image).resize(size, Image.Resampling.BILINEAR, box=edges)
+    return np.asarray(small), wanted

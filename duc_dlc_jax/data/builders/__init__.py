@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import pathlib
 
-VERSION = "1.0.0"  # of the schema; a change of it asks for a new preparation
+VERSION = "2.0.0"  # of the schema; a change of it asks for a new preparation
 SPEC_FILE = "label_spec.json"  # the LabelSpec, beside the records
 SUMMARY_FILE = "summary.json"  # per split: images, labelled or not, pixels per train id
+TILE = 512  # pixels; images of more than TILE_ABOVE pixels are stored in square tiles of this side
+TILE_ABOVE = 2**20
 
 
 def prepared_dir(data_dir: str | pathlib.Path, name: str) -> pathlib.Path:
     """Returns the folder of a prepared data set, whether or not it exists."""
     return pathlib.Path(data_dir) / name / VERSION
+
+
+def index_file(split: str) -> str:
+    """Returns the name of the table of a split's examples: sizes, first records, class points."""
+    return f"index-{split}.npz"
 
 
 def prepare_command(name: str, data_dir: str | pathlib.Path) -> str:

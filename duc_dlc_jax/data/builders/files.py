@@ -1,0 +1,149 @@
+"""The files of a download, in folders or in the archives they came in."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import os
+import pathlib
+import stat
+import tarfile
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Iterator
+
+from duc_dlc_jax.data.labels import DataError
+
+ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz")
+
+
+@dataclasses.dataclass(frozen=True)
+class File:
+    """A file on disk, or a member of a .zip or .tar that is read in place."""
+
+    path: pathlib.Path
+    member: str = ""
+    start: int = -1  # of a .tar's member in the archive, bytes
+    size: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.path}!{self.member}" if self.member else str(self.path)
+
+    def read(self) -> bytes:
+        """Raises DataError where the archive is damaged; names it."""
+        if not self.member:
+            return self.path.read_bytes()
+        if self.start >= 0:
+            with self.path.open("rb") as archive:
+                archive.seek(self.start)
+                return archive.read(self.size)
+        try:
+            return _zip(self.path).read(self.member)
+        except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
+            raise DataError(f"{self}: damaged archive ({error}); download it again") from error
+
+
+Files = dict[str, File]  # by path below the folder of the download, "/" between the names
+
+
+@contextlib.contextmanager
+def find(raw_dir: pathlib.Path) -> Iterator[Files]:
+    """Yields all files of a download: a folder, its archives as if unpacked in it, or one archive.
+
+    What lies unpacked beside an archive comes first. Members of .zip and .tar files are read where
+    they are; a .tar.gz allows no random access and is unpacked into a temporary folder until the
+    context ends.
+
+    Raises:
+      DataError: an archive is unreadable, or has a member that points out of the folder.
+    """
+    with contextlib.ExitStack() as stack:
+        stack.callback(_zip.cache_clear)
+        found: Files = {}
+        if raw_dir.is_file():
+            archives = [raw_dir]
+        else:
+            found = _walk(raw_dir)
+            archives = sorted(
+                file.path for name, file in found.items() if "/" not in name and _is_archive(name)
+            )
+        for archive in archives:
+            for name, file in _members(archive, stack).items():
+                found.setdefault(name, file)
+        yield found
+
+
+def _is_archive(name: str) -> bool:
+    return name.lower().endswith(ARCHIVES)
+
+
+def _walk(folder: pathlib.Path) -> Files:
+    found = {}
+    for parent, folders, names in os.walk(folder):
+        folders[:] = sorted(f for f in folders if not f.startswith("."))
+        for name in names:
+            path = pathlib.Path(parent) / name
+            found[path.relative_to(folder).as_posix()] = File(path)
+    return found
+
+
+def _members(archive: pathlib.Path, stack: contextlib.ExitStack) -> Files:
+    name = archive.name.lower()
+    try:
+        if name.endswith(".zip"):
+            return _zip_members(archive)
+        if name.endswith(".tar"):
+            with tarfile.open(archive) as tar:
+                members = [m for m in tar if _is_regular(m, archive)]
+                return {
+                    _inside(m.name, archive): File(archive, m.name, m.offset_data, m.size)
+                    for m in members
+                }
+        if name.endswith((".tar.gz", ".tgz")):
+            folder = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            with tarfile.open(archive) as tar:
+                for member in tar:
+                    if _is_regular(member, archive):
+                        _inside(member.name, archive)
+                        tar.extract(member, folder, filter="data")
+            return _walk(folder)
+    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
+        raise DataError(
+            f"{archive}: unreadable or incomplete archive ({error}); download it again"
+        ) from error
+    raise DataError(f"{archive} is neither a folder nor an archive ({', '.join(ARCHIVES)})")
+
+
+def _zip_members(archive: pathlib.Path) -> Files:
+    found = {}
+    for info in _zip(archive).infolist():
+        if info.is_dir():
+            continue
+        kind = stat.S_IFMT(info.external_attr >> 16)
+        if kind not in (0, stat.S_IFREG):
+            raise DataError(f"{archive}: member {info.filename!r} is a link or device; refused")
+        found[_inside(info.filename, archive)] = File(archive, info.filename)
+    return found
+
+
+def _is_regular(member: tarfile.TarInfo, archive: pathlib.Path) -> bool:
+    if member.isdir():
+        return False
+    if not member.isreg():
+        raise DataError(f"{archive}: member {member.name!r} is a link or device; refused")
+    return True
+
+
+def _inside(name: str, archive: pathlib.Path) -> str:
+    """Returns a member's path without "./"; raises DataError where it leaves the folder."""
+    parts = name.replace("\\", "/").split("/")
+    if name.startswith(("/", "\\")) or ".." in parts or ":" in parts[0]:
+        raise DataError(f"{archive}: member {name!r} points out of its folder; refused")
+    return "/".join(part for part in parts if part not in ("", "."))
+
+
+@functools.lru_cache(maxsize=16)
+def _zip(path: pathlib.Path) -> zipfile.ZipFile:
+    return zipfile.ZipFile(path)

@@ -1,0 +1,196 @@
+"""Random access to the examples of a prepared data set: whole images, or the part that is wanted.
+
+No TensorFlow here.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import threading
+from typing import Any
+
+import numpy as np
+
+from duc_dlc_jax.config import ConfigError
+from duc_dlc_jax.data import builders, codec
+from duc_dlc_jax.data.labels import IGNORE, LabelSpec
+
+Box = tuple[int, int, int, int]  # top, left, bottom, right of a part of an image, pixels
+
+
+class RecordError(RuntimeError):
+    """A record that cannot be read or transformed; the message names it."""
+
+
+class Records:
+    """The examples of one split, or of several joined by "+"; see `open_records`.
+
+    Pickles as a folder and a name: every worker process opens the files for itself.
+
+    Attributes:
+      spec: the label specification written beside the records.
+      labelled: whether every image has labels.
+    """
+
+    def __init__(self, folder: pathlib.Path, split: str, in_memory: bool = False):
+        self.folder, self.split, self.in_memory = folder, split, in_memory
+        self.spec = LabelSpec.from_json((folder / builders.SPEC_FILE).read_text())
+        summary = json.loads((folder / builders.SUMMARY_FILE).read_text())
+        rows = [summary[part] for part in split.split("+")]
+        self.labelled = all(row["labelled"] == row["images"] for row in rows)
+        self._starts = np.cumsum([0] + [row["images"] for row in rows])
+        self._open()
+
+    def _open(self) -> None:
+        self._parts, self._cache, self._lock = None, {}, threading.Lock()
+
+    def __getstate__(self) -> dict:
+        hidden = ("_parts", "_cache", "_lock")
+        return {k: v for k, v in self.__dict__.items() if k not in hidden}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self._open()
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def size(self, index: int) -> tuple[int, int]:
+        """Returns (height, width) of an image in pixels, without reading it."""
+        part, row = self._locate(index)
+        height, width = part.size[row]
+        return int(height), int(width)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Returns the whole example; see `region`."""
+        height, width = self.size(index)
+        return self.region(index, (0, 0, height, width))
+
+    def region(self, index: int, box: Box) -> dict[str, Any]:
+        """Reads one part of an example; of a tiled image the tiles that the part touches.
+
+        Returns:
+          image uint8 [h, w, 3], label uint8 [h, w] (all 255 without labels) and name, with
+          h = bottom - top and w = right - left.
+
+        Raises:
+          RecordError: the record cannot be read; names it.
+        """
+        try:
+            if not self.in_memory:
+                return self._read(index, box)
+            if index not in self._cache:
+                height, width = self.size(index)
+                self._cache[index] = self._read(index, (0, 0, height, width))
+            example = self._cache[index]
+        except Exception as error:
+            raise RecordError(f"record {index} of {self.folder}, {self.split}: {error}") from error
+        top, left, bottom, right = box
+        cut = np.s_[top:bottom, left:right]
+        return example | {"image": example["image"][cut], "label": example["label"][cut]}
+
+    def class_points(self) -> np.ndarray:
+        """Returns (record, train id, y, x) of some pixels of each class in each image; int32."""
+        tables = [part.points.copy() for part in self._opened()]
+        for table, start in zip(tables, self._starts, strict=False):
+            table[:, 0] += start
+        return np.concatenate(tables)
+
+    def _read(self, index: int, box: Box) -> dict[str, Any]:
+        part, row = self._locate(index)
+        top, left, bottom, right = box
+        image = label = None
+        for tile in part.tiles(row, box):
+            name, y, x = tile["name"].decode(), int(tile["top"]), int(tile["left"])
+            pixels, ids = _decode(tile, name)
+            height, width = ids.shape
+            inside = np.s_[max(top - y, 0) : bottom - y, max(left - x, 0) : right - x]
+            if y <= top and x <= left and y + height >= bottom and x + width >= right:
+                return {"image": pixels[inside], "label": ids[inside], "name": name}
+            if image is None or label is None:
+                image = np.empty((bottom - top, right - left, 3), np.uint8)
+                label = np.empty(image.shape[:2], np.uint8)
+            target = np.s_[
+                max(y - top, 0) : max(y + height - top, 0),
+                max(x - left, 0) : max(x + width - left, 0),
+            ]
+            image[target], label[target] = pixels[inside], ids[inside]
+        return {"image": image, "label": label, "name": name}
+
+    def _locate(self, index: int) -> tuple[_Part, int]:
+        """Returns the part that holds an example, and its number there."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"record {index} of {len(self)}")
+        number = int(np.searchsorted(self._starts, index, side="right")) - 1
+        return self._opened()[number], index - int(self._starts[number])
+
+    def _opened(self) -> list[_Part]:
+        with self._lock:
+            if self._parts is None:
+                self._parts = [_Part(self.folder, split) for split in self.split.split("+")]
+        return self._parts
+
+
+class _Part:
+    """The open files of one split: records of tiles, and the tables of its examples."""
+
+    def __init__(self, folder: pathlib.Path, split: str):
+        import tensorflow_datasets as tfds  # late: 0.7 s
+
+        builder: Any = tfds.builder_from_directory(str(folder))
+        self._source = builder.as_data_source(split)
+        with np.load(folder / builders.index_file(split)) as tables:
+            self._first, self.size, self.points = (
+                tables[name] for name in ("first", "size", "points")
+            )
+
+    def tiles(self, row: int, box: Box) -> list[dict[str, Any]]:
+        """Returns the records of the tiles of example `row` that the box touches."""
+        first, count = int(self._first[row]), int(self._first[row + 1] - self._first[row])
+        if count == 1:
+            return [self._source[first]]
+        top, left, bottom, right = box
+        side, columns = builders.TILE, -(-int(self.size[row][1]) // builders.TILE)
+        numbers = [
+            first + i * columns + j
+            for i in range(top // side, (bottom - 1) // side + 1)
+            for j in range(left // side, (right - 1) // side + 1)
+        ]
+        return self._source.__getitems__(numbers)
+
+
+def _decode(tile: dict[str, Any], name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Returns image uint8 [h, w, 3] and label uint8 [h, w] of a record."""
+    height, width = int(tile["height"]), int(tile["width"])
+    if tile["encoding"] == b"raw":
+        image = np.frombuffer(tile["image"], np.uint8).reshape(height, width, 3)
+    else:
+        image = codec.decode_image(tile["image"], name)
+    if tile["label"]:
+        label = np.frombuffer(tile["label"], np.uint8).reshape(height, width)
+    else:
+        label = np.full((height, width), IGNORE, np.uint8)
+    return image, label
+
+
+def open_records(data: Any, split: str) -> Records:
+    """Opens one split of a prepared data set; `data` is `config.data` (name, dir, in_memory).
+
+    `split` may join several: "train+train_extra".
+
+    Raises:
+      FileNotFoundError: not prepared; gives the folder and the command that prepares it.
+      ConfigError: no such split; lists those there are.
+    """
+    folder = builders.prepared_dir(data.dir, data.name)
+    if not (folder / builders.SUMMARY_FILE).is_file():
+        raise FileNotFoundError(
+            f"no prepared records of {data.name!r} in {folder}. Prepare them: "
+            f"{builders.prepare_command(data.name, data.dir)}"
+        )
+    splits = json.loads((folder / builders.SUMMARY_FILE).read_text())
+    for part in split.split("+"):
+        if part not in splits:
+            raise ConfigError(f"no split {part!r} in {folder}; it has: {', '.join(splits)}")
+    return Records(folder, split, data.in_memory)

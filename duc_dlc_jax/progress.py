@@ -1,0 +1,49 @@
+"""How far a command is: one line that a terminal redraws, plain lines in a log."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+
+class Progress:
+    """One line: what is done, figures, time left; redrawn on a terminal, plain lines in a log."""
+
+    def __init__(self, total: int, unit: str, quiet: bool = False):
+        """unit: of what is counted, "step"; quiet: writes nothing."""
+        self._total, self._unit, self._quiet, self._stream = total, unit, quiet, sys.stderr
+        self._origin: tuple[int, float] | None = None  # after the first, which is often slow
+        self._last, self._paused = 0.0, 0.0
+
+    def pause(self, seconds: float) -> None:
+        """Leaves `seconds` of evaluation or checkpointing out of the estimate."""
+        self._paused += seconds
+
+    def show(self, done: int, text: str, log: bool) -> None:
+        """Redraws a terminal at most 4 times a second; in a log writes when `log` is set."""
+        now = time.monotonic()
+        first, start = self._origin = self._origin or (done, now)
+        line = f"{self._unit} {done}/{self._total}  {text}"
+        if done > first:
+            pace = (now - start - self._paused) / (done - first)
+            line += f"  {clock(pace * (self._total - done))} left"
+        if not self._stream.isatty():
+            if log:
+                self.say(line)
+        elif not self._quiet and (now - self._last > 0.25 or done == self._total):
+            self._stream.write(f"\r\x1b[K{line}" + ("\n" if done == self._total else ""))
+            self._stream.flush()
+            self._last = now
+
+    def say(self, text: str) -> None:
+        """A line that stays, above the progress line."""
+        if not self._quiet:
+            self._stream.write(("\r\x1b[K" if self._stream.isatty() else "") + text + "\n")
+            self._stream.flush()
+
+
+def clock(seconds: float) -> str:
+    """Writes a duration as 1:02:03 or 2:03."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
