@@ -14,7 +14,7 @@ import numpy as np
 
 from duc_dlc_jax.config import ConfigError
 from duc_dlc_jax.data import builders, codec
-from duc_dlc_jax.data.labels import IGNORE, LabelSpec
+from duc_dlc_jax.data.labels import IGNORE, DataError, LabelSpec
 
 Box = tuple[int, int, int, int]  # top, left, bottom, right of a part of an image, pixels
 
@@ -167,6 +167,8 @@ def _decode(tile: dict[str, Any], name: str) -> tuple[np.ndarray, np.ndarray]:
         image = np.frombuffer(tile["image"], np.uint8).reshape(height, width, 3)
     else:
         image = codec.decode_image(tile["image"], name)
+        if image.shape != (height, width, 3):
+            raise DataError(f"{name}: decoded to {image.shape}, not to {height}x{width}x3")
     if tile["label"]:
         label = np.frombuffer(tile["label"], np.uint8).reshape(height, width)
     else:

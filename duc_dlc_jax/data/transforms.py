@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image
 
 from duc_dlc_jax.config import ConfigError
-from duc_dlc_jax.data.labels import IGNORE, DataError
+from duc_dlc_jax.data.labels import IGNORE
 
 FLIPS = ("left_right", "up_down", "none")
 
@@ -163,9 +163,6 @@ def train_transform(
 
     Returns:
       Image uint8 [C, C, 3], black where padded, and label uint8 [C, C], 255 where padded.
-
-    Raises:
-      DataError: image and label differ in size; gives both.
     """
     return cut(read, shape, draw_geometry(rng, shape, config, focus), config)
 
@@ -181,8 +178,6 @@ def cut(
     reach = 3 * shape[0] / geometry.height if shrink else 1  # of the filter, source pixels
     box = _bounds(x, y, shape, reach)
     image, label = read(box)
-    if image.shape[:2] != label.shape:
-        raise DataError(f"image {image.shape[:2]} and label {label.shape} (H, W) differ in size")
     inside = (x >= 0) & (x < shape[1]) & (y >= 0) & (y < shape[0])
     crop_label = sample_label(label, x - box[1], y - box[0])
     if shrink:
