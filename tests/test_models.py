@@ -10,11 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from duc_dlc_jax import describe, optimizer, train_step
+from duc_dlc_jax import describe, optimizer, sharding, train_step
+from duc_dlc_jax.config import ConfigError
 from duc_dlc_jax.models import layers, segmenter
 from duc_dlc_jax.models.duc import DUC
 from duc_dlc_jax.models.resnet import ResNet
-from networks import IMAGE, jit, shapes_of
+from networks import IMAGE, jit, random_variables, shapes_of
 from runs import tiny_config
 
 # Grids and dilations
@@ -179,26 +180,115 @@ def test_coefficients_are_one_convolution_of_the_concatenation(duc, grid):
 # Batch normalisation
 
 
-@pytest.mark.parametrize("frozen", [True, False])
-def test_frozen_field_reaches_every_batch_norm_in_training(frozen):
-    config = tiny_config("", model__bn_frozen=frozen, model__aux_head=True)
-    model = segmenter.create(config.model, 5)
+def batch_norms(train=True, valid=None, **changes) -> list[layers.BatchNorm]:
+    """The modules that a call of the tiny network applies."""
+    model = segmenter.create(tiny_config("", model__aux_head=True, **changes).model, 5)
     variables = {k: v for k, v in shapes_of(model).items() if k != "intermediates"}
     found = []
 
     def note(call, args, kwargs, context):
         if isinstance(context.module, layers.BatchNorm):
-            found.append(context.module.use_running_average)
+            found.append(context.module)
         return call(*args, **kwargs)
 
-    def apply(variables, images):
+    def apply(variables, images, valid):
         rngs = {"dropout": jax.random.key(0)}
-        return model.apply(variables, images, train=True, rngs=rngs, mutable=["batch_stats"])
+        return model.apply(variables, images, train, valid, rngs=rngs, mutable=["batch_stats"])
 
     with nn.intercept_methods(note):
-        jax.eval_shape(apply, variables, IMAGE)
+        jax.eval_shape(apply, variables, IMAGE, valid)
     assert len(found) > 20
-    assert set(found) == {frozen}
+    return found
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_frozen_field_reaches_every_batch_norm_in_training(frozen):
+    found = batch_norms(model__bn_frozen=frozen)
+    assert {norm.use_running_average for norm in found} == {frozen}
+
+
+VALID = jax.ShapeDtypeStruct((1, 2), jnp.int32)
+
+
+@pytest.mark.parametrize(
+    ("call", "masked"),
+    [
+        ({"valid": VALID, "model__bn_padding": "masked"}, True),
+        ({"valid": VALID, "model__bn_padding": "counted"}, False),
+        ({"model__bn_padding": "masked", "model__bn_frozen": True}, False),
+        ({"model__bn_padding": "masked", "train": False}, False),
+    ],
+    ids=["masked", "counted", "frozen", "inference"],
+)
+def test_masked_padding_reaches_every_batch_norm_that_takes_statistics(call, masked):
+    assert {norm.valid_cells is not None for norm in batch_norms(**call)} == {masked}
+
+
+def test_masked_padding_needs_the_valid_sizes():
+    config = tiny_config("", model__bn_padding="masked")
+    model, rule = segmenter.create(config.model, 5), optimizer.create(config.optimizer, 10)
+    state = train_step.create_state(model, rule, config)
+    step = train_step.make_train_step(model, rule, config)
+    step = sharding.jit_train_step(step, sharding.data_mesh(jax.devices()[:1]))
+    batch = {"image": IMAGE, "label": jax.ShapeDtypeStruct((1, 64, 64), jnp.uint8)}
+    with pytest.raises(ConfigError, match=r'bn_padding="masked" needs .* "valid", int32 \[B, 2\]'):
+        step.lower(state, batch)
+    step.lower(state, batch | {"valid": VALID})
+
+
+PART = np.array([[40, 25], [9, 64]], np.int32)  # pixels of the 64 x 64 of two crops
+
+
+@pytest.fixture(scope="module")
+def padded_steps():
+    """One float64 step from one state: before, and after it with the padding of `PART` or none."""
+    rng = np.random.default_rng(0)
+    batch = {
+        "image": rng.integers(0, 256, (2, 64, 64, 3), np.uint8),
+        "label": rng.integers(0, 5, (2, 64, 64)).astype(np.uint8),
+    }
+    sizes = {"all": np.full((2, 2), 64, np.int32), "part": PART}
+    with jax.enable_x64(True):
+        after = {}
+        for padding in ("counted", "masked"):
+            config = tiny_config("", model__dtype="float64", model__bn_padding=padding)
+            model, rule = segmenter.create(config.model, 5), optimizer.create(config.optimizer, 10)
+            before = train_step.create_state(model, rule, config, random_variables(model))
+            step = jit(train_step.make_train_step(model, rule, config))
+            for name, valid in sizes.items():
+                after[padding, name] = jax.device_get(step(before, batch | {"valid": valid}))
+        return batch, jax.device_get(before), after
+
+
+def test_masked_padding_without_any_is_the_counted_one(padded_steps):
+    """Loss, gradients, parameters and statistics of a step."""
+    *_, after = padded_steps
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12),
+        after["masked", "all"],
+        after["counted", "all"],
+    )
+    jax.tree.map(np.testing.assert_array_equal, after["counted", "all"], after["counted", "part"])
+
+
+def test_masked_padding_changes_all_statistics(padded_steps):
+    *_, after = padded_steps
+    state, metrics = after["masked", "part"]
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves((state, metrics)))
+    same = jax.tree.map(np.array_equal, state.batch_stats, after["masked", "all"][0].batch_stats)
+    assert not any(jax.tree.leaves(same)), same
+
+
+def test_masked_statistics_of_the_guidance_are_those_of_the_valid_pixels(padded_steps):
+    """Its 1x1 convolution is on the image: the unpadded crops give the expected mean."""
+    batch, before, after = padded_steps
+    with jax.enable_x64(True):
+        image = np.asarray(layers.normalize(jnp.asarray(batch["image"]), jnp.float64))
+    values = image @ before.params["duc"]["g_conv1"]["kernel"][0, 0]
+    valid = [v[:h, :w].reshape(-1, 8) for v, (h, w) in zip(values, PART, strict=True)]
+    expected = 0.9 * before.batch_stats["duc"]["g_bn"]["mean"] + 0.1 * np.concatenate(valid).mean(0)
+    ours = after["masked", "part"][0].batch_stats["duc"]["g_bn"]["mean"]
+    np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-12)
 
 
 def test_groups_follow_the_devices():
