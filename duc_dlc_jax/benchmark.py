@@ -63,7 +63,8 @@ def benchmark(config: ml_collections.ConfigDict, steps: int = 5) -> dict[str, An
     variables = init_variables(model, config.seed)
     label = predict.make_predictor(model, variables)
     inference = rates(median_seconds(lambda: label(images[0]), steps), 1, flops)
-    data = {"image": images, "label": labels}
+    valid = np.full((batch, 2), size, np.int32)
+    data = {"image": images, "label": labels, "valid": valid}
     seconds, peak = _train_step(config, model, mesh, variables, data, steps)
     return {
         "device": mesh.devices.flat[0].device_kind,

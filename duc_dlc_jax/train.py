@@ -131,7 +131,7 @@ def _batches(config, records, position: int, count: int, mesh):
     )
     try:
         for batch in iterator:
-            local = {name: batch[name] for name in ("image", "label")}
+            local = {name: batch[name] for name in ("image", "label", "valid") if name in batch}
             yield sharding.to_devices(local, sharding.batched(mesh))
     finally:
         if hasattr(iterator, "close"):
