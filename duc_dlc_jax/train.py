@@ -119,6 +119,9 @@ def _loop(config, state, steps, batches, train_step, evaluation, saved, writer) 
 def _batches(config, records, position: int, count: int, mesh):
     """`count` global batches on the devices, from the image at `position` of the stream on."""
     start = position // config.train.batch_size
+    names = ["image", "label"]
+    names += ["valid"] if config.model.bn_padding == "masked" else []
+    names += ["bad"] if config.data.bad_records == "mask" else []
     iterator = pipeline.train_iterator(
         config.data,
         records,
@@ -131,7 +134,7 @@ def _batches(config, records, position: int, count: int, mesh):
     )
     try:
         for batch in iterator:
-            local = {name: batch[name] for name in ("image", "label", "valid") if name in batch}
+            local = {name: batch[name] for name in names}
             yield sharding.to_devices(local, sharding.batched(mesh))
     finally:
         if hasattr(iterator, "close"):

@@ -123,6 +123,8 @@ def make_train_step(
             new = {"params": params, "batch_stats": batch_stats}
             ema = optax.incremental_update(new, ema, 1 - config.optimizer.ema_decay)
         metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads), "PA": accuracy}
+        if "bad" in batch:
+            metrics["bad_share"] = batch["bad"].mean(dtype=jnp.float32)
         return TrainState(state.step + 1, params, batch_stats, opt_state, ema), metrics
 
     return train_step

@@ -67,11 +67,14 @@ def test_a_label_painted_into_the_image_follows_it(change):
     image, label = blocks()
     for seed in range(12):
         rng = np.random.default_rng(seed)
-        crop, mask = transforms.train_transform(
+        crop, mask, valid = transforms.train_transform(
             reader(image, label), label.shape, rng, augmentation
         )
         assert crop.shape == (40, 40, 3)
         assert mask.shape == (40, 40)
+        if not change.get("rotate_degrees"):
+            assert (mask[: valid[0], : valid[1]] != IGNORE).all()
+            assert (mask == IGNORE).sum() == 40 * 40 - valid.prod()
         assert crop.dtype == mask.dtype == np.uint8
         assert disagreement(crop, mask) < 0.01
 

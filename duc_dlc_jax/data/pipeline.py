@@ -53,22 +53,20 @@ class _Positions:
         if self._by_class and (drawn := self._by_class.draw(position)):
             record, focus = drawn
             keys = [self._seed, epoch, record, position]
-        image, label, bad = self._crop(record, np.random.default_rng(keys), focus)
-        return {
-            "image": image,
-            "label": label,
-            "record": np.array(record, np.int32),
-            "bad": np.array(bad),
-        }
+        return self._crop(record, np.random.default_rng(keys), focus)
 
-    def _crop(self, record: int, rng, focus) -> tuple[np.ndarray, np.ndarray, bool]:
+    def _crop(self, record: int, rng, focus) -> dict[str, np.ndarray]:
+        def row(image, label, valid, bad: bool) -> dict[str, np.ndarray]:
+            named = {"image": image, "label": label, "valid": valid}
+            return named | {"record": np.array(record, np.int32), "bad": np.array(bad)}
+
         def read(box):
             region = self._records.region(record, box)
             return region["image"], region["label"]
 
         try:
             size = self._records.size(record)
-            return *train_transform(read, size, rng, self._augmentation, focus), False
+            return row(*train_transform(read, size, rng, self._augmentation, focus), bad=False)
         except Exception as error:
             if not isinstance(error, RecordError):
                 where = f"record {record} of {self._records.folder}, {self._records.split}"
@@ -77,7 +75,8 @@ class _Positions:
                 raise error from error.__cause__
             logging.warning("masked: %s", error)
         side = self._augmentation.crop_size
-        return np.zeros((side, side, 3), np.uint8), np.full((side, side), IGNORE, np.uint8), True
+        label = np.full((side, side), IGNORE, np.uint8)
+        return row(np.zeros((side, side, 3), np.uint8), label, np.full(2, side, np.int32), bad=True)
 
 
 class ClassUniform:
@@ -132,7 +131,8 @@ def train_iterator(
     also on another number of processes.
 
     Yields:
-      image uint8 [b, C, C, 3], label uint8 [b, C, C], record int32 [b], bad bool [b]; b = B / P.
+      image uint8 [b, C, C, 3], label uint8 [b, C, C], valid int32 [b, 2] (height and width of the
+      unpadded part), record int32 [b], bad bool [b]; b = B / P.
       A bad record (data.bad_records = "mask") is black and all ignored, in its own place.
 
     Raises:

@@ -150,7 +150,7 @@ def train_transform(
     rng: np.random.Generator,
     config: Augmentation,
     focus: tuple[int, int] | None = None,
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Cuts a random training crop; equal generators give equal crops.
 
     Args:
@@ -162,15 +162,18 @@ def train_transform(
       focus: (y, x) of a pixel that the crop shall hold.
 
     Returns:
-      Image uint8 [C, C, 3], black where padded, and label uint8 [C, C], 255 where padded.
+      Image uint8 [C, C, 3], black where padded; label uint8 [C, C], 255 where padded; and height
+      and width of the unpadded part, int32 [2].
     """
-    return cut(read, shape, draw_geometry(rng, shape, config, focus), config)
+    geometry = draw_geometry(rng, shape, config, focus)
+    valid = np.minimum((geometry.height, geometry.width), config.crop_size).astype(np.int32)
+    return *cut(read, shape, geometry, config), valid
 
 
 def cut(
     read: Read, shape: tuple[int, int], geometry: Geometry, config: Augmentation
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Samples one crop; shapes as in `train_transform`."""
+    """Samples one crop; image and label as in `train_transform`."""
     flip = config.flip if geometry.flipped else "none"
     size = (config.crop_size, config.crop_size)
     x, y = source_points(shape, geometry, size, flip)
