@@ -82,7 +82,7 @@ class _Positions:
 class ClassUniform:
     """Draws a record and a pixel in it so that every class is as likely as any other.
 
-    Half of NVIDIA's recipe (Zhu et al., 2019): there half of an epoch is drawn this way.
+    After Zhu et al., 2019, who draw half of an epoch this way.
     """
 
     def __init__(self, points: np.ndarray, share: float, seed: int):
