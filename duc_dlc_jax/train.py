@@ -136,6 +136,8 @@ def _batches(config, records, position: int, count: int, mesh):
         for batch in iterator:
             local = {name: batch[name] for name in names}
             yield sharding.to_devices(local, sharding.batched(mesh))
+    except RuntimeError as error:
+        raise pipeline.with_record(error, records) from error
     finally:
         if hasattr(iterator, "close"):
             iterator.close()

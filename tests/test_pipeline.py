@@ -1,5 +1,7 @@
 """Batches are a function of (seed, step): processes, workers and resumption change nothing."""
 
+import os
+import pathlib
 import pickle
 import subprocess
 import sys
@@ -133,32 +135,86 @@ def test_grain_checkpoints_save_and_restore_it(records, tmp_path):
     assert_equal(list(restored), expected[2:])
 
 
-def test_worker_processes_change_nothing(scenes_dir):
-    program = f"""
-from typing import Any
-
+# The start of a program whose worker processes import it anew.
+PROGRAM = """
+import os, signal, sys
 import numpy as np
 from duc_dlc_jax import config
 from duc_dlc_jax.data import pipeline, records
 
-if __name__ == "__main__":
+def opened():
     data = config.default().data
-    data.update({{"name": "scenes", "dir": {str(scenes_dir)!r}, "base_size": 48, "crop_size": 32}})
-    records = records.open_records(data, "val")
-    options = dict(seed=0, batch_size=6, steps=7)
-    alone = list(pipeline.train_iterator(data, records, **options))
+    data.update({{"name": "scenes", "dir": {folder!r}, "base_size": 48, "crop_size": 32}})
+    return data, records.open_records(data, "val")
+
+OPTIONS = dict(seed=0, batch_size=6, steps=7)
+"""
+
+
+def run_program(scenes_dir, tmp_path, text):
+    """Runs a program from a file, which the worker processes import; returns what it printed."""
+    path = tmp_path / "program.py"
+    path.write_text(PROGRAM.format(folder=str(scenes_dir)) + text)
+    root = str(pathlib.Path(__file__).parent.parent)
+    done = subprocess.run(
+        [sys.executable, str(path)],
+        env=os.environ | {"PYTHONPATH": root},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_worker_processes_change_nothing_also_after_a_resumption(scenes_dir, tmp_path):
+    program = """
+if __name__ == "__main__":
+    data, val = opened()
+    alone = list(pipeline.train_iterator(data, val, **OPTIONS))
     data.workers = 2
-    iterator = pipeline.train_iterator(data, records, **options)
-    for expected in alone:
+    iterator = pipeline.train_iterator(data, val, **OPTIONS)
+    for number, expected in enumerate(alone):
         found = next(iterator)
         for key in expected:
             np.testing.assert_array_equal(found[key], expected[key])
+        if number == 2:  # in the middle of an epoch: batches are ahead in the workers
+            state = iterator.get_state()
+            iterator.close()
+            iterator = pipeline.train_iterator(data, val, **OPTIONS)
+            iterator.set_state(state)
     iterator.close()
 """
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stderr
+    run_program(scenes_dir, tmp_path, program)
+
+
+@pytest.mark.parametrize("end", ["os.kill(os.getpid(), signal.SIGKILL)", "raise KeyError('x')"])
+def test_a_worker_that_ends_badly_names_its_record(scenes_dir, tmp_path, end):
+    program = f"""
+original = pipeline.train_transform
+
+def ending(read, size, rng, augmentation, focus):
+    if size == (11, 11):
+        {end}
+    return original(read, size, rng, augmentation, focus)
+
+pipeline.train_transform = ending
+sizes = records.Records.size
+records.Records.size = lambda self, index: (11, 11) if index == 11 else sizes(self, index)
+
+if __name__ == "__main__":
+    data, val = opened()
+    data.workers = 2
+    iterator = pipeline.train_iterator(data, val, **OPTIONS)
+    try:
+        list(iterator)
+    except Exception as error:
+        print(pipeline.with_record(error, val))
+        iterator.close()
+"""
+    printed = run_program(scenes_dir, tmp_path, program)
+    assert "record 11" in printed
+    assert ("val_0011" in printed) == ("KILL" in end)
 
 
 def test_records_pickle_without_their_files_and_cache(records):

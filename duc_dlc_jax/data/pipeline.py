@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures
+import contextlib
 import functools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ import numpy as np
 from absl import flags, logging
 
 from duc_dlc_jax.config import ConfigError
+from duc_dlc_jax.data.in_flight import InFlight
 from duc_dlc_jax.data.labels import IGNORE
 from duc_dlc_jax.data.records import RecordError, Records
 from duc_dlc_jax.data.transforms import Augmentation, train_transform
@@ -64,9 +66,11 @@ class _Positions:
             region = self._records.region(record, box)
             return region["image"], region["label"]
 
+        in_flight = self._records.in_flight
         try:
-            size = self._records.size(record)
-            return row(*train_transform(read, size, rng, self._augmentation, focus), bad=False)
+            with in_flight.reading(record) if in_flight else contextlib.nullcontext():
+                size = self._records.size(record)
+                return row(*train_transform(read, size, rng, self._augmentation, focus), bad=False)
         except Exception as error:
             if not isinstance(error, RecordError):
                 where = f"record {record} of {self._records.folder}, {self._records.split}"
@@ -171,6 +175,7 @@ def train_iterator(
         )
     )
     if data.workers:
+        records.in_flight = InFlight()
         if not flags.FLAGS.is_parsed():  # grain's workers read absl flags, parsed or not
             flags.FLAGS.mark_as_parsed()
         workers = grain.MultiprocessingOptions(
@@ -178,6 +183,20 @@ def train_iterator(
         )
         batches = batches.mp_prefetch(workers)
     return iter(batches)
+
+
+def with_record(error: Exception, records: Records) -> Exception:
+    """Returns an error of a training iterator, with the record in it that a dead worker had read.
+
+    A worker process that is killed, or crashes in a codec, cannot say so itself.
+    """
+    lost = records.in_flight.left_behind() if records.in_flight else []
+    if isinstance(error, RecordError) or not lost:
+        return error
+    named = ", ".join(f"{index} ({records.name(index)})" for index in lost)
+    return RecordError(
+        f"{error} It was reading record {named} of {records.folder}, {records.split}."
+    )
 
 
 def eval_examples(

@@ -14,6 +14,7 @@ import numpy as np
 
 from duc_dlc_jax.config import ConfigError
 from duc_dlc_jax.data import builders, codec
+from duc_dlc_jax.data.in_flight import InFlight
 from duc_dlc_jax.data.labels import IGNORE, DataError, LabelSpec
 
 Box = tuple[int, int, int, int]  # top, left, bottom, right of a part of an image, pixels
@@ -31,7 +32,10 @@ class Records:
     Attributes:
       spec: the label specification written beside the records.
       labelled: whether every image has labels.
+      in_flight: notes what is being read, where processes may die; see `InFlight`.
     """
+
+    in_flight: InFlight | None = None
 
     def __init__(self, folder: pathlib.Path, split: str, in_memory: bool = False):
         self.folder, self.split, self.in_memory = folder, split, in_memory
@@ -66,6 +70,11 @@ class Records:
         """Returns the whole example; see `region`."""
         height, width = self.size(index)
         return self.region(index, (0, 0, height, width))
+
+    def name(self, index: int) -> str:
+        """Returns an example's name without decoding it."""
+        part, row = self._locate(index)
+        return part.tiles(row, (0, 0, 1, 1))[0]["name"].decode()
 
     def region(self, index: int, box: Box) -> dict[str, Any]:
         """Reads one part of an example; of a tiled image the tiles that the part touches.
