@@ -83,6 +83,20 @@ def test_the_459_categories_of_pascal_context_fold_into_the_classes(name, backgr
     assert set(spec.raw_to_train) == set(range(460))
 
 
+def test_the_mapping_shows_where_every_raw_id_goes():
+    lines = label_spec("cityscapes").mapping().splitlines()
+    assert lines[0].split() == ["0", "road", "<-", "7"]
+    assert lines[-1].split(maxsplit=3) == [
+        "255",
+        "ignored",
+        "<-",
+        "0..6, 9..10, 14..16, 18, 29..30",
+    ]
+    colours = label_spec("camvid", "colours").mapping()
+    assert "tree                     <- #808000, #c0c000" in colours
+    assert "ignored                  <- nothing" in label_spec("pascal_context_60").mapping()
+
+
 def test_colourise_uses_the_palette_and_paints_ignore_black():
     picture = label_spec("cityscapes").colourise(np.array([[0, 13, IGNORE]], np.uint8))
     assert picture.dtype == np.uint8

@@ -96,6 +96,14 @@ class LabelSpec:
         more = f" and {len(shown) - limit} more" if len(shown) > limit else ""
         return ", ".join(shown[:limit]) + more
 
+    def mapping(self) -> str:
+        """Returns the contract in lines: train id, name, and the raw ids that become it."""
+        lines = []
+        for train, name in [*enumerate(self.classes), (IGNORE, "ignored")]:
+            raw_ids = [raw for raw, to in self.raw_to_train.items() if to == train]
+            lines.append(f"{train:>4} {name:<24} <- {self.written(raw_ids) or 'nothing'}")
+        return "\n".join(lines)
+
     def colourise(self, ids: np.ndarray) -> np.ndarray:
         """Paints train ids, uint8 [H, W], as RGB uint8 [H, W, 3]; `IGNORE` is black."""
         table = np.zeros((256, 3), np.uint8)
