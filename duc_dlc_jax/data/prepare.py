@@ -62,7 +62,7 @@ def prepare(
       raw_dir: folder of the download or of its archives, or one archive; None for `scenes`.
       data_dir: folder that receives NAME/VERSION.
       strict: a missing split or a count that differs from the official one is an error.
-      encoding: of the stored pixels, see `tfds_builder.make_example`.
+      encoding: of the stored pixels, see `examples.make_example`.
 
     Returns:
       The folder of the records.
