@@ -23,7 +23,15 @@ SOURCE_IDS = 459  # categories of PASCAL-Context's .mat files, from 1 on
 
 
 class DataError(ValueError):
-    """Data on disk that break their contract; the message names the file and the way out."""
+    """Data on disk that break their contract; the message names the file and the way out.
+
+    Attributes:
+      kind: groups like problems in a report: "size", "values", ...; "" where there is one only.
+    """
+
+    def __init__(self, message: str, kind: str = ""):
+        super().__init__(message)
+        self.kind = kind
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +86,8 @@ class LabelSpec:
         if outside := self.unknown(raw):
             raise DataError(
                 f"label values {self.written(outside)} are outside the contract of {self.name}; "
-                f"allowed: {self.written(self.raw_to_train)}"
+                f"allowed: {self.written(self.raw_to_train)}",
+                "values",
             )
         keys = np.array(sorted(self.raw_to_train))
         trains = np.array([self.raw_to_train[int(key)] for key in keys], np.uint8)
