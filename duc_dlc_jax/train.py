@@ -22,7 +22,7 @@ from duc_dlc_jax import checkpoints, evaluate, pictures, sharding, workdirs, wri
 from duc_dlc_jax import config as config_lib
 from duc_dlc_jax import optimizer as optimizers
 from duc_dlc_jax.data import pipeline
-from duc_dlc_jax.data.labels import IGNORE, LabelSpec
+from duc_dlc_jax.data.labels import LabelSpec
 from duc_dlc_jax.data.records import open_records
 from duc_dlc_jax.models import pretrained, segmenter
 from duc_dlc_jax.progress import Progress
@@ -202,11 +202,7 @@ def _announce(
     if jax.process_index() != 0:
         return
     logging.info("configuration:\n%s", config_lib.to_json(config))
-    mapping = ", ".join(
-        f"{raw}->{'ignored' if train == IGNORE else f'{train} {spec.classes[train]}'}"
-        for raw, train in sorted(spec.raw_to_train.items())
-    )
-    logging.info("labels of %s, raw id -> train id: %s", spec.name, mapping)
+    logging.info("labels of %s:\n%s", spec.name, "\n".join(spec.mapping()))
     logging.info(
         "%d training and %d evaluation images, %d steps of %d images, %d %s device(s), workdir %s",
         images,

@@ -77,10 +77,7 @@ def prepare(
         print(f"{name} is already prepared in {folder}; delete that folder to prepare it again")
     else:
         with listed(name, raw_dir) as (listing, spec):
-            counts = {
-                split: len(items) if isinstance(items, list) else source.counts[split]
-                for split, items in listing.splits.items()
-            }
+            counts = images_of(source, listing)
             if strict:
                 _refuse(name, count_differences(source, counts))
             build(name, listing.splits, spec, data_dir, counts, encoding)
@@ -91,6 +88,14 @@ def prepare(
     if strict:
         _refuse(name, differences)
     return folder
+
+
+def images_of(source: sources.Source, listing: Listing) -> dict[str, int]:
+    """Returns the number of images of each listed split."""
+    return {
+        split: len(items) if isinstance(items, list) else source.counts[split]
+        for split, items in listing.splits.items()
+    }
 
 
 def is_prepared(folder: pathlib.Path) -> bool:

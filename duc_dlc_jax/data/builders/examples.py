@@ -69,8 +69,8 @@ def make_example(item: Item, spec: LabelSpec, encoding: str = "auto") -> Example
     return Example(records, height, width, pixels, points)
 
 
-def read_label(item: Item, spec: LabelSpec, size: tuple[int, int]) -> np.ndarray:
-    """Returns the train ids of an item, uint8 [H, W]; size: (H, W) of its image.
+def read_label(item: Item, spec: LabelSpec, size: tuple[int, int] | None) -> np.ndarray:
+    """Returns the train ids of an item, uint8 [H, W]; size: (H, W) of its image, None: unknown.
 
     Raises:
       DataError: as in `make_example`.
@@ -81,7 +81,7 @@ def read_label(item: Item, spec: LabelSpec, size: tuple[int, int]) -> np.ndarray
         assert item.label is not None
         where = str(item.label)
         raw = codec.read_mask(item.label.read(), where, spec.colours)
-    if raw.shape != size:
+    if size is not None and raw.shape != size:
         raise DataError(
             f"{where}: the mask is {raw.shape[1]}x{raw.shape[0]}, its image {size[1]}x{size[0]} "
             "(width x height after EXIF orientation); the two must be equal",
