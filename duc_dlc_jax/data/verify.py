@@ -23,7 +23,7 @@ from duc_dlc_jax import cli
 from duc_dlc_jax.data import builders, codec, prepare
 from duc_dlc_jax.data.builders import examples, sources
 from duc_dlc_jax.data.builders.sources import Item
-from duc_dlc_jax.data.labels import IGNORE, DataError, LabelSpec, label_spec
+from duc_dlc_jax.data.labels import IGNORE, DataError, LabelSpec
 from duc_dlc_jax.data.records import Records, decode_tile
 from duc_dlc_jax.progress import Progress
 
@@ -285,9 +285,7 @@ def verify(
     Raises:
       DataError: there are problems, or nothing to check.
     """
-    if name:
-        label_spec(name)
-    elif raw_dir or not data_dir:
+    if not name and (raw_dir or not data_dir):
         raise DataError("say which data set: --dataset=NAME --raw_dir=DIR, or --data_dir=DIR")
     reports = []
     if name and (raw_dir or not data_dir):
