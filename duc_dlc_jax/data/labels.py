@@ -106,16 +106,13 @@ class LabelSpec:
         more = f" and {len(shown) - limit} more" if len(shown) > limit else ""
         return ", ".join(shown[:limit]) + more
 
-    def mapping(self) -> list[str]:
-        """Returns the lines of a table: train id, class, and the raw ids that mean it."""
+    def mapping(self) -> list[tuple[int, str, str]]:
+        """Returns (train id, class, raw ids that mean it) of each class and of what is ignored."""
         raw_ids = collections.defaultdict(list)
         for raw, train in self.raw_to_train.items():
             raw_ids[train].append(raw)
         names = dict(enumerate(self.classes)) | {IGNORE: "ignored"}
-        lines = [f"{'train id':>8}  {'class':<28}raw ids"]
-        for train in sorted(raw_ids):
-            lines.append(f"{train:>8}  {names[train][:28]:<28}{self.written(raw_ids[train])}")
-        return lines
+        return [(k, names[k], self.written(raw_ids[k])) for k in sorted(raw_ids)]
 
     def colourise(self, ids: np.ndarray) -> np.ndarray:
         """Paints train ids, uint8 [H, W], as RGB uint8 [H, W, 3]; `IGNORE` is black."""

@@ -168,19 +168,23 @@ def count_differences(source: sources.Source, found: dict[str, int]) -> list[str
 
 
 def table(rows: dict[str, dict], spec: LabelSpec) -> list[str]:
-    """Returns the lines of a table: per split images and ignored share, then pixels per class."""
-    lines = [f"{'split':<8}{'images':>8}{'labelled':>10}{'classes seen':>15}{'ignored':>10}"]
+    """Returns the lines of two tables: of the splits, and of the classes.
+
+    Per split: images, ignored share. Per class: pixels in each split, the raw ids that mean it.
+    """
+    lines = [f"{'split':<12}{'images':>8}{'labelled':>10}{'classes seen':>15}{'ignored':>10}"]
     for split, row in rows.items():
         total = max(sum(row["pixels"]), 1)
         seen = sum(count > 0 for count in row["pixels"][: spec.num_classes])
         lines.append(
-            f"{split:<8}{row['images']:>8}{row['labelled']:>10}"
+            f"{split:<12}{row['images']:>8}{row['labelled']:>10}"
             f"{f'{seen} of {spec.num_classes}':>15}{row['pixels'][IGNORE] / total:>10.2%}"
         )
-    lines += ["", f"{'id':>3}  {'class':<28}" + "".join(f"{f'{s} pixels':>16}" for s in rows)]
-    for k, label in enumerate(spec.classes):
-        pixels = "".join(f"{row['pixels'][k]:>16,}" for row in rows.values())
-        lines.append(f"{k:>3}  {label[:28]:<28}{pixels}")
+    heads = "".join(f"{f'{split} pixels':>20}" for split in rows)
+    lines += ["", f"{'id':>3}  {'class':<28}{heads}  raw ids"]
+    for train, label, raw_ids in spec.mapping():
+        pixels = "".join(f"{row['pixels'][train]:>20,}" for row in rows.values())
+        lines.append(f"{train:>3}  {label[:28]:<28}{pixels}  {raw_ids}")
     return lines
 
 

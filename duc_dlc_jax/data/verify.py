@@ -92,7 +92,7 @@ class Report:
             pixels += result.pixels
             self.problems += [Problem(split, *problem) for problem in result.problems]
             self.turned += [result.turned] if result.turned else []
-            text = f"{len(self.problems)} problems"
+            text = f"problems: {len(self.problems)}"
             progress.show(images, text, log=images % 500 == 0 or images == total)
         row = {"images": images, "labelled": labelled, "pixels": pixels.tolist()}
         self.splits[split] = row
@@ -100,19 +100,19 @@ class Report:
     def lines(self, limit: int) -> list[str]:
         """Returns the report as text, with at most `limit` problems of each kind."""
         images = sum(row["images"] for row in self.splits.values())
-        lines = [f"{self.name} in {self.place}: {images} images, {len(self.problems)} problems"]
+        lines = [f"{self.name} in {self.place}: {images} images, problems: {len(self.problems)}"]
         if self.turned:
             lines.append(
-                f"{len(self.turned)} images are turned as their EXIF orientation says, masks are "
-                f"not; first {self.turned[0]}"
+                f"images turned as their EXIF orientation says (masks are not): "
+                f"{len(self.turned)}, first {self.turned[0]}"
             )
         if not self.problems:
-            lines += ["", *self.spec.mapping(), "", *prepare.table(self.splits, self.spec)]
+            lines += ["", *prepare.table(self.splits, self.spec)]
             source = sources.SOURCES.get(self.name)
             counts = {split: row["images"] for split, row in self.splits.items()}
             return lines + (prepare.count_differences(source, counts) if source else [])
         for kind, problems in self.by_kind().items():
-            lines += ["", f"{len(problems)} {HEADINGS[kind]}:"]
+            lines += ["", f"{HEADINGS[kind]}: {len(problems)}"]
             lines += [f"  {problem.split}: {problem.message}" for problem in problems[:limit]]
             if len(problems) > limit:
                 lines.append(f"  and {len(problems) - limit} more; --json=FILE lists all")
@@ -298,7 +298,7 @@ def verify(
         pathlib.Path(json_file).write_text(text + "\n")
     if problems := [problem for report in reports for problem in report.problems]:
         files = {problem.file for problem in problems}
-        raise DataError(f"{len(problems)} problems in {len(files)} files, listed above")
+        raise DataError(f"{len(problems)} problem(s) in {len(files)} file(s), listed above")
 
 
 def main(argv: list[str]) -> None:
