@@ -51,6 +51,15 @@ def test_photo_and_label_lie_beside_each_other_as_stored():
     assert {tuple(pixel) for pixel in colours[~counted].tolist()} == set(HATCH)
 
 
+def test_resizing_a_label_makes_no_new_colours():
+    label = np.random.default_rng(0).choice([0, 3, 10, IGNORE], (45, 70)).astype(np.uint8)
+    cell = Cell("a", np.full((45, 70, 3), 255, np.uint8), label)
+    sheet = np.asarray(drawing.contact_sheet([cell], CAMVID, ""))[: MARGIN + 260, MARGIN + SIDE :]
+    colours = {tuple(pixel) for pixel in sheet.reshape(-1, 3).tolist()}
+    allowed = {CAMVID.palette[k] for k in (0, 3, 10)} | {*HATCH, (255, 255, 255)}
+    assert colours == allowed
+
+
 @pytest.mark.parametrize("shape", [(100, 400), (400, 100), (1, 1), (37, 53)])
 @pytest.mark.parametrize("count", [0, 1, 4])
 def test_any_size_and_number_of_images_fits(shape, count):
@@ -70,7 +79,7 @@ def test_the_legend_has_every_class_in_its_colour(name):
     for colour in spec.palette:
         same = spec.palette.count(colour)
         assert pixels[colour] >= same * swatch
-    assert (np.asarray(key)[:, -1] == 255).all()  # nothing is cut off
+    assert (np.asarray(key)[:, -2 * drawing.GAP :] == 255).all()  # nothing is cut off
     other = np.asarray(drawing.legend(spec, 1900, present={1}))
     assert (np.asarray(key) != other).any()
 
