@@ -112,7 +112,7 @@ class Report:
             counts = {split: row["images"] for split, row in self.splits.items()}
             return lines + (prepare.count_differences(source, counts) if source else [])
         for kind, problems in self.by_kind().items():
-            lines += ["", f"{HEADINGS[kind]}: {len(problems)}"]
+            lines += ["", f"{HEADINGS.get(kind, kind)}: {len(problems)}"]
             lines += [f"  {problem.split}: {problem.message}" for problem in problems[:limit]]
             if len(problems) > limit:
                 lines.append(f"  and {len(problems) - limit} more; --json=FILE lists all")
@@ -122,7 +122,7 @@ class Report:
         kinds = collections.defaultdict(list)
         for problem in self.problems:
             kinds[problem.kind].append(problem)
-        return {kind: kinds[kind] for kind in HEADINGS if kind in kinds}
+        return {kind: kinds[kind] for kind in [*HEADINGS, *kinds] if kind in kinds}
 
     def to_json(self) -> dict:
         counts = {kind: len(problems) for kind, problems in self.by_kind().items()}
