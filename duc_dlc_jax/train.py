@@ -207,7 +207,8 @@ def _announce(
     if jax.process_index() != 0:
         return
     logging.info("configuration:\n%s", config_lib.to_json(config))
-    logging.info("labels of %s, train id <- raw ids:\n%s", spec.name, spec.mapping())
+    mapping = "\n".join(f"{raw} -> {train} {name}" for train, name, raw in spec.mapping())
+    logging.info("labels of %s, raw ids -> train id:\n%s", spec.name, mapping)
     logging.info(
         "%d training and %d evaluation images, %d steps of %d images, %d %s device(s), workdir %s",
         images,

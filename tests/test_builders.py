@@ -11,24 +11,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import layouts
 from duc_dlc_jax import config as configuration
 from duc_dlc_jax.data import builders, codec
 from duc_dlc_jax.data.builders import files, scenes, sources
 from duc_dlc_jax.data.labels import IGNORE, DataError, LabelSpec, label_spec
 from duc_dlc_jax.data.prepare import count_differences, listed, prepare
 from duc_dlc_jax.data.records import open_records
-from layouts import (
-    LAYOUTS,
-    H,
-    W,
-    make_ade20k,
-    make_camvid,
-    make_cityscapes,
-    make_pascal_context,
-    mask,
-    picture,
-    write,
-)
+from layouts import LAYOUTS, H, W, mask, picture, write
 from runs import WITHOUT_TENSORFLOW
 
 SHARED = os.environ.get("DUC_DLC_SHARED_DATA", "")
@@ -66,7 +56,7 @@ def test_each_layout_is_prepared_and_read_back(name, tmp_path, capsys):
 
 def test_records_are_array_record_with_the_original_jpeg(tmp_path):
     pytest.importorskip("tensorflow", reason="preparing records needs TensorFlow")
-    make_ade20k(tmp_path)
+    layouts.ade20k(tmp_path)
     folder = prepare("ade20k", str(tmp_path), tmp_path / "data")
     assert json.loads((folder / "dataset_info.json").read_text())["fileFormat"] == "array_record"
     jpeg = (tmp_path / "ADEChallengeData2016/images/training/x.jpg").read_bytes()
@@ -108,7 +98,7 @@ def test_scenes_are_deterministic_and_lossless(scenes_dir):
 
 def test_an_interrupted_build_does_not_look_finished(tmp_path, monkeypatch):
     pytest.importorskip("tensorflow", reason="preparing records needs TensorFlow")
-    make_camvid(tmp_path)
+    layouts.camvid(tmp_path)
     write(tmp_path / "valannot" / "b.png", mask(0, 12))
     with pytest.raises(DataError, match=r"valannot/b.png: label values 12 .* allowed: 0\.\.11"):
         prepare("camvid", str(tmp_path), tmp_path / "data")
@@ -117,7 +107,7 @@ def test_an_interrupted_build_does_not_look_finished(tmp_path, monkeypatch):
 
 
 def test_unofficial_counts_are_listed_and_refused_under_strict(tmp_path):
-    make_camvid(tmp_path)
+    layouts.camvid(tmp_path)
     lines = count_differences(sources.SOURCES["camvid"], {"train": 2, "val": 101})
     assert lines == [
         "split train: 2 images, officially 367",
@@ -147,14 +137,14 @@ def test_missing_or_empty_folders_say_what_was_looked_for(tmp_path):
 
 
 def test_images_without_masks_are_counted_and_named(tmp_path):
-    make_cityscapes(tmp_path)
+    layouts.cityscapes(tmp_path)
     write(tmp_path / "leftImg8bit/train/ulm/ulm_3_4_leftImg8bit.png", picture())
     with pytest.raises(DataError, match=r"split train: 1 images without a mask .*first .*ulm_3_4"):
         items("cityscapes", tmp_path)
 
 
 def test_masks_without_images_are_named(tmp_path):
-    make_camvid(tmp_path)
+    layouts.camvid(tmp_path)
     (tmp_path / "train" / "a.png").unlink()
     with pytest.raises(
         DataError, match=r"1 masks without an image \(1 images, 2 masks\), first .*trainannot/a.png"
@@ -163,9 +153,9 @@ def test_masks_without_images_are_named(tmp_path):
 
 
 def test_a_listed_image_that_is_not_there_is_named(tmp_path):
-    make_pascal_context(tmp_path)
-    (tmp_path / "VOCdevkit/VOC2010/JPEGImages/val1.jpg").unlink()
-    with pytest.raises(DataError, match=r"1 of the 1 images in .*val.txt .* first val1.jpg"):
+    layouts.pascal_context(tmp_path)
+    (tmp_path / "VOCdevkit/VOC2010/JPEGImages/2008_000001.jpg").unlink()
+    with pytest.raises(DataError, match=r"1 of the 1 images in .*val.txt .* first 2008_000001.jpg"):
         items("pascal_context", tmp_path)
 
 

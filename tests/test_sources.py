@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 import scipy.io
 
+import layouts
 from duc_dlc_jax.data import codec
 from duc_dlc_jax.data.builders import files, sources
 from duc_dlc_jax.data.builders.tfds_builder import read_label
 from duc_dlc_jax.data.labels import IGNORE, DataError, label_spec
 from duc_dlc_jax.data.prepare import count_differences, listed
-from layouts import LAYOUTS, H, W, make_cityscapes, make_pascal_context, mask, picture, write
+from layouts import LAYOUTS, H, W, mask, picture, write
 
 SHARED = os.environ.get("DUC_DLC_SHARED_DATA", "")
 
@@ -58,7 +59,7 @@ def test_archives_hold_the_same_items_as_folders(name, kind, tmp_path):
 
 
 def test_several_archives_join_and_unpacked_files_come_first(tmp_path):
-    make_cityscapes(tmp_path / "raw")
+    layouts.cityscapes(tmp_path / "raw")
     downloads = tmp_path / "downloads"
     downloads.mkdir()
     for top in ("leftImg8bit", "gtFine"):
@@ -149,20 +150,13 @@ def test_ade20k_test_images_have_no_labels(tmp_path):
 
 
 def test_pascal_context_from_its_original_mat_files(tmp_path):
-    make_pascal_context(tmp_path)
-    root = tmp_path / "VOCdevkit" / "VOC2010"
-    for split, name in (("train", "2008_000002"), ("val", "2008_000003")):
-        (root / "SegmentationClassContext" / f"{split}1.png").unlink()
-        (root / "ImageSets/SegmentationContext" / f"{split}.txt").unlink()
-        (root / "ImageSets/Main").mkdir(exist_ok=True)
-        (root / "ImageSets/Main" / f"{split}.txt").write_text(f"{name}\n")
-        (root / "JPEGImages" / f"{split}1.jpg").rename(root / "JPEGImages" / f"{name}.jpg")
-        label = np.resize(np.array([2, 458, 1], np.uint16), (H, W))
-        (tmp_path / "trainval").mkdir(exist_ok=True)
-        scipy.io.savemat(tmp_path / "trainval" / f"{name}.mat", {"LabelMap": label})
+    layouts.pascal_context(tmp_path, mats=True)
     found = train_ids("pascal_context", tmp_path)
-    assert found == ("source_ids", {"2008_000002": [0, 58, IGNORE]})
-    assert train_ids("pascal_context_60", tmp_path)[1] == {"2008_000002": [0, 1, 59]}
+    assert found == ("source_ids", {"2008_000000": [0, IGNORE]})
+    assert train_ids("pascal_context_60", tmp_path)[1] == {"2008_000000": [0, 1]}
+    lists = tmp_path / "VOCdevkit/VOC2010/ImageSets"
+    (lists / "SegmentationContext").rename(lists / "Main")  # VOC2010's own lists
+    assert train_ids("pascal_context", tmp_path) == found
 
 
 def test_mat_files_without_a_label_map_are_named():

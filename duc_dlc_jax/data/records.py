@@ -99,6 +99,12 @@ class Records:
         cut = np.s_[top:bottom, left:right]
         return example | {"image": example["image"][cut], "label": example["label"][cut]}
 
+    def tiles(self, index: int) -> list[dict[str, Any]]:
+        """Returns the records that hold an example, as stored, in row order; see `decode_tile`."""
+        part, row = self._locate(index)
+        height, width = self.size(index)
+        return part.tiles(row, (0, 0, height, width))
+
     def class_points(self) -> np.ndarray:
         """Returns (record, train id, y, x) of some pixels of each class in each image; int32."""
         tables = [part.points.copy() for part in self._opened()]
@@ -112,7 +118,7 @@ class Records:
         image = label = None
         for tile in part.tiles(row, box):
             name, y, x = tile["name"].decode(), int(tile["top"]), int(tile["left"])
-            pixels, ids = _decode(tile, name)
+            pixels, ids = decode_tile(tile, name)
             height, width = ids.shape
             inside = np.s_[max(top - y, 0) : bottom - y, max(left - x, 0) : right - x]
             if y <= top and x <= left and y + height >= bottom and x + width >= right:
@@ -169,7 +175,7 @@ class _Part:
         return self._source.__getitems__(numbers)
 
 
-def _decode(tile: dict[str, Any], name: str) -> tuple[np.ndarray, np.ndarray]:
+def decode_tile(tile: dict[str, Any], name: str) -> tuple[np.ndarray, np.ndarray]:
     """Returns image uint8 [h, w, 3] and label uint8 [h, w] of a record."""
     height, width = int(tile["height"]), int(tile["width"])
     if tile["encoding"] == b"raw":
