@@ -224,7 +224,7 @@ def test_truncated_files_are_named(tmp_path, suffix):
 
 def test_two_sizes_are_both_given(tmp_path):
     pytest.importorskip("tensorflow", reason="preparing records needs TensorFlow")
-    from duc_dlc_jax.data.builders.tfds_builder import make_example
+    from duc_dlc_jax.data.builders.examples import make_example
 
     image = write(tmp_path / "i.png", picture())
     label = write(tmp_path / "m.png", mask(0)[:, :-2])
@@ -247,7 +247,7 @@ def test_real_camvid_is_listed_and_read():
     listed = items("camvid", pathlib.Path(SHARED) / "camvid")
     found = {split: list(found) for split, found in listed.items()}
     assert {split: len(rows) for split, rows in found.items()} == {"train": 367, "val": 101}
-    from duc_dlc_jax.data.builders.tfds_builder import make_example
+    from duc_dlc_jax.data.builders.examples import make_example
 
     for item in found["val"][::25]:
         example = make_example(item, label_spec("camvid"))
@@ -261,7 +261,7 @@ def test_real_camvid_is_listed_and_read():
 @pytest.mark.real_data
 @pytest.mark.skipif(not SHARED, reason="DUC_DLC_SHARED_DATA is not set: no real ADE20K")
 def test_real_ade20k_masks_follow_the_contract():
-    from duc_dlc_jax.data.builders.tfds_builder import make_example
+    from duc_dlc_jax.data.builders.examples import make_example
 
     folder = pathlib.Path(SHARED) / "ade20k_sample"
     for path in sorted((folder / "images").glob("*.jpg")):

@@ -123,7 +123,7 @@ def test_class_points_lie_on_their_class(stored):
 
 def test_jpeg_files_stay_as_they_are(tmp_path):
     pytest.importorskip("tensorflow", reason="preparing records needs TensorFlow")
-    from duc_dlc_jax.data.builders.tfds_builder import make_example
+    from duc_dlc_jax.data.builders.examples import make_example
 
     exif = Image.Exif()
     exif[274] = 6  # to be turned by 90 degrees

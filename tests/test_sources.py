@@ -13,7 +13,7 @@ import scipy.io
 import layouts
 from duc_dlc_jax.data import codec
 from duc_dlc_jax.data.builders import files, sources
-from duc_dlc_jax.data.builders.tfds_builder import read_label
+from duc_dlc_jax.data.builders.examples import read_label
 from duc_dlc_jax.data.labels import IGNORE, DataError, label_spec
 from duc_dlc_jax.data.prepare import count_differences, listed
 from layouts import LAYOUTS, H, W, mask, picture, write
