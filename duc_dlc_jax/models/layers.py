@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -67,6 +67,9 @@ class Conv(nn.Module):
     (`SAME` pads stride-2 kernels differently on even sizes.) An output grid has ceil(size / stride)
     cells. Where the windows do not overlap (kernel <= stride, and 1x1), the convolution is written
     as one matrix product, which every backend runs and differentiates well.
+
+    `valid_sizes`: from the grid (h, w) to int32 [B, 2] (`valid_sizes` below); cells beyond these
+    are set to 0 before a kernel larger than 1 reads them, as if the image ended there.
     """
 
     features: int
@@ -76,12 +79,15 @@ class Conv(nn.Module):
     bias: bool = False
     init: Any = head_init
     dtype: Dtype = jnp.float32
+    valid_sizes: Callable[[Sequence[int]], jax.Array] | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         shape = (self.kernel, self.kernel, x.shape[-1], self.features)
         kernel = self.param("kernel", self.init, shape, parameter_dtype(self.dtype))
         x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
+        if self.valid_sizes is not None and self.kernel > 1:
+            x = zero_beyond(x, self.valid_sizes(x.shape[1:3]))
         if self.kernel == 1:
             x = x[:, :: self.stride, :: self.stride]
             y = jax.lax.dot_general(x, kernel[0, 0], (((3,), (0,)), ((), ())))
@@ -214,11 +220,28 @@ def interpolation_matrix(size_in: int, size_out: int, grid: str, step: float) ->
     return matrix
 
 
-def resize_bilinear(x: jax.Array, size: Sequence[int], grid: str, step: float) -> jax.Array:
-    """Bilinear resize of [B, H, W, C] to [B, *size, C] as two matrix products, in x's dtype.
+def resize_bilinear(
+    x: jax.Array,
+    size: Sequence[int],
+    grid: str,
+    step: float,
+    valid_sizes: Callable[[Sequence[int]], jax.Array] | None = None,
+) -> jax.Array:
+    """Bilinear resize of [B, H, W, C] to [B, *size, C] in x's dtype.
 
-    Highest matrix precision for float32, so that neither TF32 nor bf16 passes move an arg-max.
+    Two matrix products in the highest precision for float32, so that neither TF32 nor bf16 passes
+    move an arg-max. With `valid_sizes` (below) each image is resized from its valid cells to its
+    valid size, by gathering, since the weights differ from image to image; what lies beyond is
+    finite and means nothing.
     """
+    if valid_sizes is not None:
+        source, target = valid_sizes(x.shape[1:3]), valid_sizes(size)
+        for axis in (0, 1):
+            low, fraction = interpolation_positions(
+                source[:, axis], target[:, axis], size[axis], grid, step
+            )
+            x = interpolate(x, low, fraction, source[:, axis], axis + 1)
+        return x
     if x.shape[1:3] == tuple(size):
         return x
     batch, height, width, channels = x.shape
@@ -233,3 +256,57 @@ def resize_bilinear(x: jax.Array, size: Sequence[int], grid: str, step: float) -
     x = product(rows, x.reshape(batch, height, width * channels))
     x = product(columns, x.reshape(batch * size[0], width, channels))
     return x.reshape(batch, *size, channels)
+
+
+def valid_sizes(valid: jax.Array, size: Sequence[int], grid: Sequence[int]) -> jax.Array:
+    """Height and width in cells of the unpadded part of each image on a grid: int32 [B, 2].
+
+    valid: int32 [B, 2], height and width in pixels of the unpadded part, at the top left of each
+    image; size: of the padded images (H, W). A grid of stride s, a power of 2, has ceil(size / s)
+    cells.
+    """
+    strides = [2 ** math.ceil(math.log2(n / cells)) for n, cells in zip(size, grid, strict=True)]
+    return -(-valid // jnp.asarray(strides, valid.dtype)[None])
+
+
+def zero_beyond(x: jax.Array, sizes: jax.Array) -> jax.Array:
+    """[B, H, W, C] with the cells at or beyond sizes, int32 [B, 2], set to 0."""
+    rows = jnp.arange(x.shape[1])[None] < sizes[:, :1]
+    columns = jnp.arange(x.shape[2])[None] < sizes[:, 1:]
+    return jnp.where((rows[:, :, None] & columns[:, None, :])[..., None], x, 0)
+
+
+def interpolation_positions(
+    size_in: jax.Array, size_out: jax.Array, cells: int, grid: str, step: float
+) -> tuple[jax.Array, jax.Array]:
+    """`interpolation_matrix` for sizes that are known at run time, int32 [B].
+
+    Returns for `cells` output cells the lower input cell, int32 [B, cells], and the weight of the
+    next one, float [B, cells]. Cells from size_out on repeat the last input cell.
+    """
+    index, last = jnp.arange(cells)[None], size_in[:, None] - 1
+    if grid == "corners":  # whole numbers: exact
+        divisor = jnp.maximum(size_out[:, None] - 1, 1)
+        low, fraction = index * last // divisor, (index * last % divisor) / divisor
+    else:  # step is a power of 2: exact
+        position = index * step
+        low = jnp.floor(position).astype(jnp.int32)
+        fraction = position - low
+    return jnp.minimum(low, last), jnp.where(low < last, fraction, 0)
+
+
+def interpolate(
+    x: jax.Array, low: jax.Array, fraction: jax.Array, size: jax.Array, axis: int
+) -> jax.Array:
+    """(1 - fraction) x[low] + fraction x[low + 1] along axis 1 or 2 of x [B, H, W, C].
+
+    low: int [B, n]; fraction: float [B, n]; size: int [B], x's cells that count: beyond the last
+    of them the last one is read.
+    """
+    shape = (len(x), -1, 1, 1) if axis == 1 else (len(x), 1, -1, 1)
+    high = jnp.minimum(low + 1, size[:, None] - 1)
+    first, second = (
+        jnp.take_along_axis(x, cells.reshape(shape), axis, mode="clip") for cells in (low, high)
+    )
+    fraction = fraction.astype(x.dtype).reshape(shape)
+    return (1 - fraction) * first + fraction * second
