@@ -240,7 +240,7 @@ def resize_bilinear(
             low, fraction = interpolation_positions(
                 source[:, axis], target[:, axis], size[axis], grid, step
             )
-            x = interpolate(x, low, fraction, source[:, axis], axis + 1)
+            x = interpolate(x, low, fraction, axis + 1)
         return x
     if x.shape[1:3] == tuple(size):
         return x
@@ -295,18 +295,12 @@ def interpolation_positions(
     return jnp.minimum(low, last), jnp.where(low < last, fraction, 0)
 
 
-def interpolate(
-    x: jax.Array, low: jax.Array, fraction: jax.Array, size: jax.Array, axis: int
-) -> jax.Array:
+def interpolate(x: jax.Array, low: jax.Array, fraction: jax.Array, axis: int) -> jax.Array:
     """(1 - fraction) x[low] + fraction x[low + 1] along axis 1 or 2 of x [B, H, W, C].
 
-    low: int [B, n]; fraction: float [B, n]; size: int [B], x's cells that count: beyond the last
-    of them the last one is read.
+    low: int [B, n]; fraction: float [B, n], 0 where low is the last cell.
     """
     shape = (len(x), -1, 1, 1) if axis == 1 else (len(x), 1, -1, 1)
-    high = jnp.minimum(low + 1, size[:, None] - 1)
-    first, second = (
-        jnp.take_along_axis(x, cells.reshape(shape), axis, mode="clip") for cells in (low, high)
-    )
-    fraction = fraction.astype(x.dtype).reshape(shape)
+    low, fraction = low.reshape(shape), fraction.astype(x.dtype).reshape(shape)
+    first, second = (jnp.take_along_axis(x, cells, axis, mode="clip") for cells in (low, low + 1))
     return (1 - fraction) * first + fraction * second
