@@ -84,7 +84,7 @@ class Labeller:
         padded = images.shape[1], images.shape[2]
         images = jax.device_put(images, self._split)
         groups = []
-        for scale in self.protocol.scales:
+        for scale in sorted(self.protocol.scales, reverse=True):  # most memory while least is kept
             logits = self._windows(variables, images, sizes, scale)
             groups.append((logits, *self._reads(sizes, scale, padded)))
         return groups

@@ -46,6 +46,8 @@ class DUC(nn.Module):
         Returns [O, I_m]: [B, H/8, W/8, width + C].
         """
         size = middle.shape[1:3]
+        if self.slabs:  # adds 0, so that g(I) waits for the backbone and not both are in memory
+            image = image + jnp.minimum(jnp.abs(low).max(), 0)
         guidance = self._guidance(image, size)
         low = self.conv(self.width, 3, 1, self.dilation, name="low_conv")(low)
         low = nn.relu(self.norm(name="low_bn")(low))
@@ -60,22 +62,22 @@ class DUC(nn.Module):
         a, b = jnp.split(from_guidance + from_low, 2, axis=-1)
         return jnp.concatenate([a * guidance + b, middle], axis=-1)
 
-    def _resize(self, x: jax.Array, size: Sequence[int], step: float) -> jax.Array:
-        return resize_bilinear(x, size, self.grid, step, self.valid_sizes)
+    def _resize(self, x, size: Sequence[int], step: float, axes: Sequence[int] = (0, 1)):
+        return resize_bilinear(x, size, self.grid, step, self.valid_sizes, axes)
 
     def _guidance(self, image: jax.Array, size: Sequence[int]) -> jax.Array:
         """G~ [B, *size, width]: g(I), a stride-4 convolution, and a resize to I_m's grid."""
         if self.guidance_stride > 1:
             half = tuple(-(-n // self.guidance_stride) for n in image.shape[1:3])
             image = self._resize(image, half, self.guidance_stride)
+        step = 8 / (4 * self.guidance_stride)
         batch, height, width, _ = image.shape
         row_bytes = batch * width * self.guidance_width * image.dtype.itemsize
         rows = max(SLAB_BYTES // (4 * row_bytes), 4)  # of the stride-4 grid, per slab
         if self.slabs and 4 * rows < height:
-            g = self._strided_slabs(image, rows)
-        else:
-            g = self._strided(self._g(image), self.conv)
-        return self._resize(g, size, 8 / (4 * self.guidance_stride))
+            g = self._strided_slabs(image, rows, size[1], step)
+            return self._resize(g, size, step, axes=(0,))
+        return self._resize(self._strided(self._g(image), self.conv), size, step)
 
     def _g(self, image: jax.Array) -> jax.Array:
         g = self.conv(self.guidance_width, name="g_conv1")(image)
@@ -86,8 +88,8 @@ class DUC(nn.Module):
         g = conv(self.width, self.guidance_kernel, 4, name="guidance_conv")(g)
         return self.norm(name="guidance_bn")(g)
 
-    def _strided_slabs(self, image: jax.Array, rows: int) -> jax.Array:
-        """`_strided(_g(image))`, `rows` output rows at a time.
+    def _strided_slabs(self, image: jax.Array, rows: int, width: int, step: float) -> jax.Array:
+        """`_strided(_g(image))` resized to `width`, `rows` output rows at a time.
 
         A slab has an output row more on either side, whose wrong values, next to the convolution's
         padding, are dropped. Beyond the image g is 0, as padding is.
@@ -96,6 +98,7 @@ class DUC(nn.Module):
         sizes = jnp.asarray([size]) if self.valid_sizes is None else self.valid_sizes(size)
         total = -(-size[0] // 4)
         count = -(-total // rows)
+        rows = -(-total // count)
         below = 4 * (count * rows + 1) - size[0]
         padded = jnp.pad(image, ((0, 0), (4, below), (0, 0), (0, 0)))
         conv = partial(self.conv, valid_sizes=None)  # its grid is the image's: masked here
@@ -105,9 +108,10 @@ class DUC(nn.Module):
             g = module._g(jax.lax.dynamic_slice_in_dim(padded, top + 4, 4 * (rows + 2), 1))
             above = (top + jnp.arange(g.shape[1]) < 0)[None, :, None, None]
             g = zero_beyond(jnp.where(above, 0, g), sizes - jnp.stack([top, 0 * top])[None])
-            return carry, module._strided(g, conv)[:, 1:-1]
+            g = module._strided(g, conv)[:, 1:-1]
+            return carry, module._resize(g, (rows, width), step, axes=(1,))
 
         scan = nn.scan(slab, variable_broadcast=["params", "batch_stats"], split_rngs={})
         _, slabs = scan(self, None, rows * jnp.arange(count))
-        slabs = jnp.moveaxis(slabs, 0, 1)  # [B, count, rows, W / 4, width]
+        slabs = jnp.moveaxis(slabs, 0, 1)  # [B, count, rows, width, channels]
         return slabs.reshape(len(image), count * rows, *slabs.shape[3:])[:, :total]

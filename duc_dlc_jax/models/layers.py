@@ -226,36 +226,33 @@ def resize_bilinear(
     grid: str,
     step: float,
     valid_sizes: Callable[[Sequence[int]], jax.Array] | None = None,
+    axes: Sequence[int] = (0, 1),
 ) -> jax.Array:
-    """Bilinear resize of [B, H, W, C] to [B, *size, C] in x's dtype.
+    """Bilinear resize of [B, H, W, C] to [B, *size, C] in x's dtype; axes: 0 rows, 1 columns.
 
-    Two matrix products in the highest precision for float32, so that neither TF32 nor bf16 passes
-    move an arg-max. With `valid_sizes` (below) each image is resized from its valid cells to its
-    valid size, by gathering, since the weights differ from image to image; what lies beyond is
-    finite and means nothing.
+    Matrix products in the highest precision for float32, so that neither TF32 nor bf16 passes move
+    an arg-max. With `valid_sizes` (below) each image is resized from its valid cells to its valid
+    size, by gathering, since the weights differ from image to image; what lies beyond is finite and
+    means nothing.
     """
     if valid_sizes is not None:
         source, target = valid_sizes(x.shape[1:3]), valid_sizes(size)
-        for axis in (0, 1):
+        for axis in axes:
             low, fraction = interpolation_positions(
                 source[:, axis], target[:, axis], size[axis], grid, step
             )
             x = interpolate(x, low, fraction, axis + 1)
         return x
-    if x.shape[1:3] == tuple(size):
+    if all(x.shape[axis + 1] == size[axis] for axis in axes):
         return x
-    batch, height, width, channels = x.shape
-    highest = jax.lax.Precision.HIGHEST
-
-    def product(matrix: np.ndarray, y: jax.Array) -> jax.Array:  # [out, in], [N, in, C]
-        weights = jnp.broadcast_to(matrix.astype(x.dtype)[None], (y.shape[0], *matrix.shape))
-        return jnp.einsum("noi,nic->noc", weights, y, precision=highest)
-
-    rows = interpolation_matrix(height, size[0], grid, step)
-    columns = interpolation_matrix(width, size[1], grid, step)
-    x = product(rows, x.reshape(batch, height, width * channels))
-    x = product(columns, x.reshape(batch * size[0], width, channels))
-    return x.reshape(batch, *size, channels)
+    for axis in axes:
+        lead, tail = x.shape[: axis + 1], x.shape[axis + 2 :]
+        matrix = interpolation_matrix(x.shape[axis + 1], size[axis], grid, step).astype(x.dtype)
+        y = x.reshape(math.prod(lead), x.shape[axis + 1], math.prod(tail))
+        weights = jnp.broadcast_to(matrix[None], (len(y), *matrix.shape))
+        y = jnp.einsum("noi,nic->noc", weights, y, precision=jax.lax.Precision.HIGHEST)
+        x = y.reshape(*lead, size[axis], *tail)
+    return x
 
 
 def valid_sizes(valid: jax.Array, size: Sequence[int], grid: Sequence[int]) -> jax.Array:
