@@ -58,7 +58,7 @@ def _counts_of_class(masks: list[np.ndarray], k: int, distance: int) -> list[int
 
 
 def scores(counted: np.ndarray) -> dict[str, Any]:
-    """Counts int64 [K, 6] -> boundary IoU and F per class and their means over classes.
+    """Counts int64 [K, 6] -> boundary IoU and F per class, their means over classes, the counts.
 
     F = 2 P R / (P + R) with P and R the shares of the predicted and of the labelled outline that
     the other one confirms; 0 where only one of the two exists. A class in neither labels nor
@@ -75,7 +75,8 @@ def scores(counted: np.ndarray) -> dict[str, Any]:
         return float(np.nanmean(values)) if np.isfinite(values).any() else float("nan")
 
     widths = f"boundary IoU: {IOU_WIDTH:g} of the diagonal; boundary F: {F_WIDTH} pixels"
-    return {"iou": iou, "f": f, "mean_iou": mean(iou), "mean_f": mean(f), "widths": widths}
+    means = {"mean_iou": mean(iou), "mean_f": mean(f)}
+    return {"widths": widths, "iou": iou, "f": f, **means, "counts": counted}
 
 
 def _around(mask: np.ndarray, margin: int) -> tuple[slice, slice]:

@@ -152,9 +152,11 @@ def summary(scores: dict[str, Any], spec: LabelSpec) -> dict[str, Any]:
         "confusion_matrix": scores["matrix"].tolist(),
     }
     if "boundary" in scores:
+        edges = scores["boundary"]
         result["boundary"] = {
-            name: per_class(value) if isinstance(value, np.ndarray) else value
-            for name, value in scores["boundary"].items()
+            "widths": edges["widths"],
+            **{name: number(edges[name]) for name in ("mean_iou", "mean_f")},
+            **{name: per_class(edges[name]) for name in ("iou", "f")},
         }
     return result
 

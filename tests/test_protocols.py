@@ -1,22 +1,16 @@
-"""Protocols against plain loops over windows, flips and scales, and their programs counted."""
+"""Protocols against plain loops over windows, flips and scales."""
 
 from __future__ import annotations
 
-import contextlib
-import functools
-
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from duc_dlc_jax import config as config_lib
-from duc_dlc_jax import evaluate, inference, protocols, sharding
-from duc_dlc_jax.data.labels import label_spec
-from duc_dlc_jax.models import duc, layers, segmenter
-from networks import NARROW, jit, random_variables
+from duc_dlc_jax import inference, protocols, sharding
+from duc_dlc_jax.models import layers
+from networks import images_of, jit, network, on_canvas
 
-CLASSES = 11
 GRIDS = pytest.mark.parametrize("grid", ["corners", "stride"])
 
 
@@ -24,30 +18,6 @@ GRIDS = pytest.mark.parametrize("grid", ["corners", "stride"])
 def quick_programs(monkeypatch):
     """The labeller's programs are compiled as the tests' own."""
     monkeypatch.setattr(jax, "jit", jit)
-
-
-@functools.cache
-def network(grid, dtype="float64"):
-    """A tiny model, its variables and its jitted application; float64 needs 64-bit JAX."""
-    with jax.enable_x64(dtype == "float64"):
-        c = config_lib.default()
-        c.model.update(NARROW | {"resize_grid": grid, "dtype": dtype})
-        model = segmenter.create(c.model, CLASSES)
-        apply = jit(model.apply, static_argnames="coarse")
-        return model, random_variables(model), apply
-
-
-def images_of(*sizes, seed=0):
-    rng = np.random.default_rng(seed)
-    return [rng.integers(0, 256, (*size, 3), np.uint8) for size in sizes]
-
-
-def on_canvas(images, size):
-    """uint8 [B, *size, 3]; beyond an image there is noise, which nothing may read."""
-    canvas = np.random.default_rng(9).integers(0, 256, (len(images), *size, 3), np.uint8)
-    for row, image in zip(canvas, images, strict=True):
-        row[: image.shape[0], : image.shape[1]] = image
-    return canvas
 
 
 def scores_of(protocol, images, padded):
@@ -99,74 +69,6 @@ def softmax(x):
     return x / x.sum(-1, keepdims=True)
 
 
-# Padding
-
-
-@pytest.mark.parametrize(
-    ("dtype", "grid", "bound"),
-    [("float64", "corners", 1e-10), ("float64", "stride", 1e-10), ("float32", "corners", 1e-5)],
-)
-def test_padded_images_have_the_logits_of_the_unpadded(dtype, grid, bound, monkeypatch):
-    """On the padded side g(I) runs in slabs, of 4 rows of 23; on the unpadded side it does not."""
-    images = images_of((60, 93), (92, 70), (33, 50))
-    canvas = on_canvas(images, (92, 96))
-    valid = np.array([image.shape[:2] for image in images], np.int32)
-    with jax.enable_x64(dtype == "float64"):
-        model, variables, apply = network(grid, dtype)
-        with monkeypatch.context() as patch:
-            patch.setattr(duc, "SLAB_BYTES", 2**12)
-            in_slabs = jit(functools.partial(model.apply, coarse=True))
-            padded = in_slabs(variables, canvas, valid=valid)
-        for image, ours in zip(images, padded, strict=True):
-            expected = apply(variables, image[None], coarse=True)[0]
-            cells = np.s_[: expected.shape[0], : expected.shape[1]]
-            assert 0 < np.abs(ours[cells] - expected).max() < bound
-
-
-def test_planted_fault_padding_without_masks():
-    """Padded and not masked, the same network says something else."""
-    (image,) = images_of((60, 93))
-    with jax.enable_x64(True):
-        padded = logits_of("corners", on_canvas([image], (92, 96))[0], coarse=True)
-        expected = logits_of("corners", image, coarse=True)
-    assert np.abs(padded[:8, :12] - expected).max() > 0.1
-
-
-@GRIDS
-def test_padded_images_are_resized_from_and_to_their_valid_sizes(grid):
-    """Cells of 1/8 to pixels, to the 1/4 grid and back to 1/32."""
-    valid, size = np.array([[60, 93], [92, 33], [1, 8]], np.int32), (96, 96)
-    sizes = functools.partial(layers.valid_sizes, jnp.asarray(valid), size)
-    x = np.random.default_rng(0).normal(size=(3, 12, 12, 2))
-    with jax.enable_x64(True):
-        for stride in (1, 4, 32):
-            cells, step = [n // stride for n in size], stride / 8
-            ours = layers.resize_bilinear(jnp.asarray(x), cells, grid, step, sizes)
-            for image, result, pixels in zip(x, ours, valid, strict=True):
-                source, target = (-(-pixels // s) for s in (8, stride))
-                part = jnp.asarray(image[None, : source[0], : source[1]])
-                expected = layers.resize_bilinear(part, target.tolist(), grid, step)[0]
-                ours_here = result[: target[0], : target[1]]
-                np.testing.assert_allclose(ours_here, expected, rtol=0, atol=1e-12)
-
-
-@GRIDS
-def test_options_of_the_network_pad_exactly_too(grid):
-    c = config_lib.default()
-    c.model.update(NARROW | {"resize_grid": grid, "dtype": "float64"})
-    c.model.update({"stem": "deep", "output_stride": 8, "commute_coefficients": False})
-    c.model.update({"guidance_stride": 2, "guidance_kernel": 5})
-    (image,) = images_of((75, 61))
-    with jax.enable_x64(True), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(duc, "SLAB_BYTES", 2**12)
-        model = segmenter.create(c.model, CLASSES)
-        variables = random_variables(model)
-        canvas, valid = on_canvas([image], (96, 96)), np.array([[75, 61]], np.int32)
-        apply = jit(functools.partial(model.apply, coarse=True))
-        padded, expected = apply(variables, canvas, valid=valid), apply(variables, image[None])
-    np.testing.assert_allclose(padded[:, :10, :8], expected, rtol=0, atol=1e-10)
-
-
 # Averages
 
 
@@ -211,7 +113,7 @@ def test_sliding_averages_overlaps_by_count(grid):
         ours = scores_of(protocol, images, (96, 96))
         for image, scores in zip(images, ours, strict=True):
             size = image.shape[:2]
-            total, count = np.zeros((*size, CLASSES)), np.zeros((*size, 1))
+            total, count = np.zeros((*size, 11)), np.zeros((*size, 1))
             for top in window_starts(size[0]):
                 for left in window_starts(size[1]):
                     part = np.s_[top : top + 48, left : left + 48]
@@ -251,7 +153,7 @@ def source_code_scores(image, long):
     black = normalised(np.zeros((1, 1, 3), np.uint8))
     padded = np.tile(black, [max(n, 48) for n in scaled] + [1])
     padded[: scaled[0], : scaled[1]] = x
-    total, count = np.zeros((*padded.shape[:2], CLASSES)), np.zeros((*padded.shape[:2], 1))
+    total, count = np.zeros((*padded.shape[:2], 11)), np.zeros((*padded.shape[:2], 1))
     rows, columns = (range(0, max(n - 48, 0) + 32, 32) for n in padded.shape[:2])
     for top in rows:
         for left in columns:
@@ -277,15 +179,6 @@ def test_weights_of_the_windows_sum_to_1_at_every_pixel(mode):
         assert not weights[..., size:].any()
         for window in range(6):  # every pixel of the scaled image is in a window, once here
             assert axis.sources(window, 48, False)[1].any() == axis.has(window) or mode == "whole"
-
-
-def test_exponents_beyond_float32_are_shifted_for_all_scores_alike():
-    protocol = protocols.Protocol(average="exp_sum")
-    logits = np.linspace(90, 100, 12, dtype=np.float32).reshape(1, 1, 1, 2, 2, 3)
-    score = inference._score([(logits, None, None)], protocol)
-    values = np.asarray(score([jnp.asarray(logits[:, 0, 0])]))
-    assert np.isfinite(values).all()
-    np.testing.assert_allclose(np.log(values), logits[:, 0, 0] - 20, rtol=1e-4)
 
 
 # Sentences, presets
@@ -328,79 +221,3 @@ def test_fields_can_follow_the_preset():
     protocols.select(config, "sliding", ["stride=900"])
     with pytest.raises(config_lib.ConfigError, match=r"eval\.stride=900; allowed: 1 to .* 713 "):
         protocols.Protocol.from_config(config)
-
-
-# Programs
-
-
-def ade20k_like_sizes(count):
-    """Short side 512 or, for small originals, less; long side up to 4 times as long."""
-    rng = np.random.default_rng(0)
-    short = np.where(rng.random(count) < 0.8, 512, rng.integers(96, 512, count))
-    ratio = np.where(rng.random(count) < 0.9, rng.uniform(1, 1.8, count), rng.uniform(1, 4, count))
-    sizes = np.stack([short, (short * ratio).astype(int)], 1)
-    turned = rng.random(count) < 0.25
-    sizes[turned] = sizes[turned, ::-1]
-    return [(int(h), int(w)) for h, w in sizes]
-
-
-@contextlib.contextmanager
-def counted_compilations():
-    """A list that grows by one with each program that XLA compiles or the disk cache answers."""
-    compiled = []
-
-    def listen(event, duration, **_):
-        if event == "/jax/core/compile/backend_compile_duration":
-            compiled.append(duration)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        yield compiled
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
-
-
-def test_ade20k_compiles_at_most_12_programs():
-    """Two hundred sizes, at an eighth of ADE20K's: a program for each pair of padded sides."""
-    sides = protocols.Protocol.from_config(config_lib.load("configs/ade20k.py")).pad_sides
-    protocol = protocols.Protocol(pad_sides=tuple(side // 8 for side in sides))
-    sizes = [(h // 8, w // 8) for h, w in ade20k_like_sizes(200)]
-    assert len(set(sizes)) > 100
-    model, variables, _ = network("corners", "float32")
-    evaluator = evaluate.Evaluator(model, label_spec("camvid"), 2, protocol)
-
-    def examples():
-        for image in images_of(*sizes):
-            yield {"image": image, "label": np.zeros(image.shape[:2], np.uint8), "name": ""}
-
-    variables = jax.device_put(variables, sharding.replicated(evaluator._mesh))
-    with counted_compilations() as compiled:
-        scores, _ = evaluator.run(variables, examples())
-    assert scores["images"] == 200
-    assert scores["matrix"].sum() == sum(h * w for h, w in sizes)
-    programs = len({protocol.padded_size(size) for size in sizes})
-    assert evaluator.programs() == {"network": programs, "other": 0}
-    assert len(compiled) == programs <= 12
-
-
-def test_padding_adds_little_work_on_ade20k():
-    protocol = protocols.Protocol.from_config(config_lib.load("configs/ade20k.py"))
-    sizes = ade20k_like_sizes(2000)
-    padded = [protocol.padded_size(size) for size in sizes]
-    assert len(set(padded)) <= 12
-    assert sum(h * w for h, w in padded) / sum(h * w for h, w in sizes) < 1.3
-
-
-def test_sliding_windows_compile_one_network():
-    """Whatever the sizes and scales; the small programs follow the padded sizes."""
-    model, variables, _ = network("corners", "float32")
-    protocol = protocols.Protocol(
-        "sliding", (0.5, 1.0), crop_size=32, stride=24, pad_sides=(40, 56)
-    )
-    labeller = inference.Labeller(model, protocol, sharding.data_mesh(jax.devices()[:1]))
-    for size in ((40, 40), (33, 29), (17, 38), (50, 33)):
-        (image,), padded = images_of(size), protocol.padded_size(size)
-        labels = np.zeros((1, *padded), np.uint8)
-        _, ids = labeller(variables, on_canvas([image], padded), labels, [size])
-        assert ids.shape == (1, *padded)
-    assert labeller.programs()["network"] == 1
