@@ -19,7 +19,7 @@ from duc_dlc_jax.models import layers
 from duc_dlc_jax.models.segmenter import Segmenter
 from duc_dlc_jax.protocols import Axis, Protocol, Size
 
-TILE = (64, 512)  # pixels of the label that are averaged at once, at most
+TILE = (128, 512)  # pixels of the label that are averaged at once, at most
 LARGEST_EXPONENT = 80.0  # exp() of more leaves float32
 
 
