@@ -154,8 +154,11 @@ def validate(config: ml_collections.ConfigDict) -> None:
     for name in positive:
         if not values[name] > 0:
             raise ConfigError(f"{name}={values[name]}; it must be positive")
-    if not values["eval.scales"] or min(values["eval.scales"]) <= 0:
-        raise ConfigError(f"eval.scales={values['eval.scales']}; it must hold positive numbers")
+    if not values["eval.scales"]:
+        raise ConfigError("eval.scales=(); it must hold positive numbers")
+    for name in ("eval.scales", "eval.pad_sides"):
+        if not min(values[name], default=1) > 0:
+            raise ConfigError(f"{name}={values[name]}; it must hold positive numbers")
     if values["data.scale_max"] < values["data.scale_min"]:
         raise ConfigError(
             f"data.scale_max={values['data.scale_max']} is below "

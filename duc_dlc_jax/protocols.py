@@ -115,12 +115,10 @@ class Protocol:
 
     def sentence(self) -> str:
         """The protocol in words, to stand beside every figure taken by it."""
-        one = len(self.scales) == 1
-        scales = (
-            "single scale"
-            if self.scales == (1.0,)
-            else f"scale{'s' * (not one)} " + " ".join(f"{scale:g}" for scale in self.scales)
-        )
+        numbers = " ".join(f"{scale:g}" for scale in self.scales)
+        scales = f"scale{'s' * (len(self.scales) > 1)} {numbers}"
+        if self.scales == (1.0,):
+            scales = "single scale"
         if self.long_side:
             scales += f" x {self.long_side} pixels on the long side"
         parts = [scales + " with left-right flips" * self.flip]
@@ -133,7 +131,7 @@ class Protocol:
                 + ", overlaps averaged by count"
             )
         if self.average == "exp_sum":
-            parts.append("exp of the summed logits of both flips")
+            parts.append("exp of the " + ("summed logits of both flips" if self.flip else "logits"))
         elif not self.direct:
             parts.append("mean of the softmax")
         resized = "scores" if self.mode == "source_code" else "logits"
