@@ -17,4 +17,5 @@ def get_config():
     config.model.dtype = "bfloat16"
     config.train.epochs = 80.0
     config.train.eval_every = 5000
+    config.eval.pad_sides = (384, 512)  # 4 programs: a side is <= 500
     return config

@@ -2,11 +2,15 @@
 
 Times the training step (all devices, donated state) and the labelling of one image of the crop size
 (one device) on random uint8 pictures, without decoding: medians after a warm-up.
+
+With `--evaluate=1024x2048` it times instead how one image of this size is labelled by `--protocol`,
+and says the most memory that the process had: start a process for each figure.
 """
 
 from __future__ import annotations
 
 import json
+import resource
 import statistics
 import time
 from collections.abc import Callable
@@ -19,24 +23,25 @@ import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
-from duc_dlc_jax import cli, describe, predict, sharding
+from duc_dlc_jax import cli, describe, predict, protocols, sharding
 from duc_dlc_jax import config as config_lib
 from duc_dlc_jax import optimizer as optimizers
-from duc_dlc_jax.data.labels import label_spec
+from duc_dlc_jax.data.labels import IGNORE, label_spec
+from duc_dlc_jax.inference import Labeller
 from duc_dlc_jax.models import segmenter
 from duc_dlc_jax.train_step import create_state, init_variables, make_train_step
 
 WARM_UP = 2  # calls before the clock starts
 
 
-def median_seconds(call: Callable[[], Any], repeats: int) -> float:
+def median_seconds(call: Callable[[], Any], repeats: int, warm_up: int = WARM_UP) -> float:
     """Median wall time of `call`, whose result is waited for."""
     times = []
-    for _ in range(WARM_UP + repeats):
+    for _ in range(warm_up + repeats):
         start = time.perf_counter()
         jax.block_until_ready(call())
         times.append(time.perf_counter() - start)
-    return statistics.median(times[WARM_UP:])
+    return statistics.median(times[warm_up:])
 
 
 def benchmark(config: ml_collections.ConfigDict, steps: int = 5) -> dict[str, Any]:
@@ -96,10 +101,44 @@ def _train_step(config, model, mesh, variables, data, steps: int) -> tuple[float
     return median_seconds(call, steps), peak - m.alias_size_in_bytes
 
 
-def main(_) -> None:
-    args = flags.FLAGS
-    segmenter.enable_dtype(args.config.model)
-    result = benchmark(args.config, args.steps)
+def evaluation(config: ml_collections.ConfigDict, size: tuple[int, int], steps: int = 1) -> dict:
+    """Seconds to label one image of `size` by config.eval on one device, and the peak memory.
+
+    The memory is that of the whole process since its start, compilation and all, in bytes; on an
+    accelerator also the most of its memory in use.
+    """
+    config_lib.validate(config)
+    protocol = protocols.Protocol.from_config(config)
+    mesh = sharding.data_mesh(jax.local_devices()[:1])
+    model = segmenter.create(config.model, label_spec(config.data.name).num_classes)
+    variables = jax.device_put(init_variables(model, config.seed), sharding.replicated(mesh))
+    labeller, padded = Labeller(model, protocol, mesh), protocol.padded_size(size)
+    images = np.random.default_rng(0).integers(0, 256, (1, *padded, 3), np.uint8)
+    labels = np.full((1, *padded), IGNORE, np.uint8)
+    seconds = median_seconds(lambda: labeller(variables, images, labels, [size]), steps, 1)
+    device = mesh.devices.flat[0]
+    return {
+        "device": device.device_kind,
+        "image": list(size),
+        "classes": model.num_classes,
+        "protocol": protocol.sentence(),
+        "seconds": seconds,
+        "images_per_second": 1 / seconds,
+        "programs": labeller.programs(),
+        "peak_process_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_device_bytes": (device.memory_stats() or {}).get("peak_bytes_in_use"),
+    }
+
+
+def _print_evaluation(result: dict[str, Any]) -> None:
+    print("{device}, image {image}, {classes} classes: {protocol}".format(**result))
+    print("{seconds:.2f} s, {images_per_second:.3f} images/s; programs {programs}".format(**result))
+    print(f"most memory of the process: {result['peak_process_bytes'] / 2**30:.2f} GiB")
+    if result["peak_device_bytes"]:
+        print(f"most memory of the device: {result['peak_device_bytes'] / 2**30:.2f} GiB")
+
+
+def _print_benchmark(result: dict[str, Any]) -> None:
     print("{devices} x {device}, {dtype}, images {image}".format(**result))
     for kind in ("train", "inference"):
         r = result[kind]
@@ -107,6 +146,23 @@ def main(_) -> None:
         print(f"{kind}, batch {r['batch_size']}: {1000 * r['seconds']:.1f} ms, {speed}")
     peak = result["train"]["peak_bytes_per_device"]
     print(f"memory of the training step: {peak / 2**20:,.0f} MiB per device")
+
+
+def main(_) -> None:
+    args = flags.FLAGS
+    segmenter.enable_dtype(args.config.model)
+    if args.evaluate:
+        height, x, width = args.evaluate.partition("x")
+        if not (x and height.isdigit() and width.isdigit()):
+            raise config_lib.ConfigError(
+                f"--evaluate={args.evaluate}; it is HEIGHTxWIDTH, 1024x2048"
+            )
+        protocols.select(args.config, args.protocol, args.set)
+        result = evaluation(args.config, (int(height), int(width)), args.steps)
+        _print_evaluation(result)
+    else:
+        result = benchmark(args.config, args.steps)
+        _print_benchmark(result)
     if args.json:
         Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
 
@@ -114,6 +170,8 @@ def main(_) -> None:
 if __name__ == "__main__":
     config_flags.DEFINE_config_file("config", None, "Configuration, see configs/.")
     flags.DEFINE_integer("steps", 5, "Timed calls; the median counts.", lower_bound=1)
+    flags.DEFINE_string("evaluate", "", "Time the labelling of an image of HEIGHTxWIDTH instead.")
+    protocols.define_flags()
     flags.DEFINE_string("json", "", "Also write the figures to this file.")
     flags.mark_flags_as_required(["config"])
     cli.run(main)

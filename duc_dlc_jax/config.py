@@ -29,6 +29,8 @@ CHOICES = {
     "model.bn_groups": ("global", "device"),
     "model.bn_running_variance": ("biased", "unbiased"),
     "model.bn_padding": ("counted", "masked"),
+    "eval.mode": ("whole", "sliding", "source_code"),
+    "eval.average": ("softmax", "exp_sum"),
 }
 
 
@@ -117,6 +119,14 @@ def default() -> ml_collections.ConfigDict:
     c.eval = ml_collections.ConfigDict()
     c.eval.batch_size = 1  # images a device, of one size
     c.eval.pictures = 4  # images written beside their labels and predictions at each evaluation
+    c.eval.mode = "whole"  # whole, sliding windows, source_code (its windows); docs/evaluation.md
+    c.eval.scales = (1.0,)  # of the image's own size
+    c.eval.flip = False  # with the mirrored image too
+    c.eval.average = "softmax"  # of windows, flips and scales: softmax or exp_sum [C]
+    c.eval.crop_size = 0  # pixels of a window; 0 = data.crop_size
+    c.eval.stride = 0  # pixels between windows; 0 = two thirds of the window [C]
+    c.eval.long_side = 0  # pixels of the long side at scale 1; 0 = as it is; the code: 520 [C]
+    c.eval.pad_sides = ()  # sides to pad images to: a program per pair of them, not per size
     return c.lock()
 
 
@@ -153,6 +163,11 @@ def validate(config: ml_collections.ConfigDict) -> None:
     if not 0 <= values["data.class_uniform_share"] <= 1:
         share = values["data.class_uniform_share"]
         raise ConfigError(f"data.class_uniform_share={share}; allowed: 0..1")
+    if not values["eval.scales"]:
+        raise ConfigError("eval.scales=(); it must hold positive numbers")
+    for name in ("eval.scales", "eval.pad_sides"):
+        if not min(values[name], default=1) > 0:
+            raise ConfigError(f"{name}={values[name]}; it must hold positive numbers")
     if values["data.scale_max"] < values["data.scale_min"]:
         raise ConfigError(
             f"data.scale_max={values['data.scale_max']} is below "

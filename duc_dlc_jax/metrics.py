@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from duc_dlc_jax.data.labels import IGNORE
+
+# What a class in neither labels nor predictions does to the means, and how a protocol says so.
+ABSENT = {"skip": "", "zero": "; absent classes count as 0"}
 
 
 def confusion_matrix(labels: jax.Array, predictions: jax.Array, num_classes: int) -> jax.Array:
@@ -22,8 +27,10 @@ def confusion_matrix(labels: jax.Array, predictions: jax.Array, num_classes: int
     return counts[:cells].reshape(num_classes, num_classes)
 
 
-def scores(matrix: np.ndarray, absent: str = "skip") -> dict[str, float | np.ndarray]:
-    """Confusion matrix int64 [K, K] -> PA, mPA, mIoU, Final Score and per-class figures.
+def scores(matrix: np.ndarray, absent: str = "skip") -> dict[str, Any]:
+    """Confusion matrix int64 [K, K] -> PA, mPA, mIoU, fwIoU, Final Score and per-class figures.
+
+    fwIoU weighs each class's IoU with its share of the labelled pixels; `pixels` are these pixels.
 
     A class in neither labels nor predictions has IoU NaN and is left out of the means
     (`absent="skip"`), or counts as 0 (`absent="zero"`, the older code's rule). With no pixel at
@@ -46,7 +53,25 @@ def scores(matrix: np.ndarray, absent: str = "skip") -> dict[str, float | np.nda
         "PA": float(pixel_accuracy),
         "mPA": mean(accuracy),
         "mIoU": miou,
+        "fwIoU": float((np.nan_to_num(iou) * labelled).sum() / labelled.sum())
+        if labelled.any()
+        else float("nan"),
         "final_score": (float(pixel_accuracy) + miou) / 2,
         "iou": iou,
         "accuracy": accuracy,
+        "pixels": labelled,
     }
+
+
+def named(scores: dict[str, Any], data_set: str) -> dict[str, float]:
+    """Figures whose name says over how many classes a data set's mIoU goes.
+
+    PASCAL-Context is reported over 59 classes, the background ignored, and by FastFCN and EncNet
+    over 60, of which the background counts as 0: mIoU_60_rescaled = 59 / 60 mIoU_59. A network
+    trained with the background as a class has an mIoU_60 of its own.
+    """
+    miou = scores["mIoU"]
+    return {
+        "pascal_context": {"mIoU_59": miou, "mIoU_60_rescaled": miou * 59 / 60},
+        "pascal_context_60": {"mIoU_60": miou},
+    }.get(data_set, {})

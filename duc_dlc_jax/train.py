@@ -18,7 +18,7 @@ import numpy as np
 from absl import logging
 from clu import parameter_overview
 
-from duc_dlc_jax import checkpoints, evaluate, pictures, sharding, workdirs, writers
+from duc_dlc_jax import checkpoints, evaluate, pictures, protocols, sharding, workdirs, writers
 from duc_dlc_jax import config as config_lib
 from duc_dlc_jax import optimizer as optimizers
 from duc_dlc_jax.data import pipeline
@@ -182,7 +182,12 @@ class _Evaluation:
     def __init__(self, config, model, records, writer, workdir):
         self._config, self._records = config, records
         self._writer, self._workdir = writer, workdir
-        self._evaluator = evaluate.Evaluator(model, records.spec, config.eval.batch_size)
+        self._evaluator = evaluate.Evaluator(
+            model,
+            records.spec,
+            config.eval.batch_size,
+            protocols.Protocol.from_config(config),
+        )
 
     def __call__(self, state: TrainState) -> dict[str, Any]:
         step, spec, start = int(state.step), self._records.spec, time.monotonic()

@@ -9,6 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from duc_dlc_jax import config as config_lib
+from duc_dlc_jax.models import segmenter
+
 NARROW = {  # fields of config.model: the 14-layer network at a quarter of its width
     "depth": 14,
     "width": 4,
@@ -50,3 +53,27 @@ def random_variables(model, seed=0, image=IMAGE):
     shapes = shapes_of(model, image)
     shapes = {name: shapes[name] for name in ("params", "batch_stats") if name in shapes}
     return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+@functools.cache
+def network(grid, dtype="float64", classes=11):
+    """A tiny model, its variables and its jitted application; float64 needs 64-bit JAX."""
+    with jax.enable_x64(dtype == "float64"):
+        c = config_lib.default()
+        c.model.update(NARROW | {"resize_grid": grid, "dtype": dtype})
+        model = segmenter.create(c.model, classes)
+        apply = jit(model.apply, static_argnames="coarse")
+        return model, random_variables(model), apply
+
+
+def images_of(*sizes, seed=0):
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, 256, (*size, 3), np.uint8) for size in sizes]
+
+
+def on_canvas(images, size):
+    """uint8 [B, *size, 3]; beyond an image there is noise, which nothing may read."""
+    canvas = np.random.default_rng(9).integers(0, 256, (len(images), *size, 3), np.uint8)
+    for row, image in zip(canvas, images, strict=True):
+        row[: image.shape[0], : image.shape[1]] = image
+    return canvas

@@ -53,3 +53,20 @@ def test_peak_memory_holds_the_train_state(figures):
 def test_warm_up_does_not_count():
     pauses = iter([0.2] * benchmark.WARM_UP + [0.0, 0.01, 0.2])
     assert 0.01 <= benchmark.median_seconds(lambda: time.sleep(next(pauses)), 3) < 0.2
+
+
+def test_evaluation_holds_neither_logits_nor_probabilities_of_a_whole_image(tmp_path):
+    """1024x2048 pixels of 150 classes: in float32 either would be 1.26 GB."""
+    file = tmp_path / "figures.json"
+    small = runs.TINY | {"data.name": "ade20k"}
+    command = [sys.executable, "-m", "duc_dlc_jax.benchmark", "--config=configs/demo.py"]
+    command += [f"--config.{name}={value}" for name, value in small.items()]
+    command += ["--evaluate=1024x2048", "--protocol=multi_scale", "--set=scales=(0.5,)"]
+    result = runs.run([*command, "--steps=1", f"--json={file}"])
+    values = json.loads(file.read_text())
+    assert values["classes"] == 150
+    assert values["programs"]["network"] == 1
+    assert values["images_per_second"] == pytest.approx(1 / values["seconds"])
+    assert f"150 classes: {values['protocol']}" in result.stdout
+    print(f"{values['peak_process_bytes'] / 2**30:.2f} GiB, {values['seconds']:.1f} s")
+    assert values["peak_process_bytes"] < 2**30 < 4 * 1024 * 2048 * 150

@@ -200,6 +200,7 @@ HANDED_ON = {
     },
     "model": {("models/segmenter.py", "self"), ("models/segmenter.py", "model")},
     "optimizer": {("optimizer.py", "config")},
+    "eval": {("protocols.py", "settings")},
 }
 
 

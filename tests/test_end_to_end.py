@@ -1,5 +1,6 @@
 """The whole way on a tiny network: records -> training -> checkpoints -> evaluation -> masks."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from duc_dlc_jax import evaluate, predict, sharding, workdirs
+from duc_dlc_jax import evaluate, predict, sharding, submit, workdirs
 from duc_dlc_jax.data import pipeline
 from duc_dlc_jax.data.records import open_records
 from duc_dlc_jax.train import train
@@ -157,6 +158,47 @@ def test_evaluate_command(trained, tmp_path):
     assert figures["mIoU"] == pytest.approx(trained[1]["mIoU"], abs=1e-5)
     assert figures["protocol"] in result.stdout
     assert np.sum(figures["confusion_matrix"]) == trained[1]["matrix"].sum()
+
+
+def test_evaluate_command_by_another_protocol(trained, tmp_path):
+    arguments = ["--protocol=sliding", "--set=crop_size=128", "--set=stride=96", "--boundary"]
+    command = [sys.executable, "-m", "duc_dlc_jax.evaluate", f"--workdir={trained[0]}"]
+    command += [*arguments, "--absent=zero", f"--json={tmp_path / 'scores.json'}"]
+    result = run(command)
+    figures = json.loads((tmp_path / "scores.json").read_text())
+    assert figures["protocol"] == (
+        "single scale, windows of 128 pixels at stride 96, overlaps averaged by count, mean of the "
+        "softmax, logits resized to the label; absent classes count as 0"
+    )
+    assert f"(40 images; {figures['protocol']})" in result.stdout
+    assert "boundary IoU: 0.02 of the diagonal; boundary F: 3 pixels" in result.stdout
+    assert "compiled: 1 programs with the network" in result.stdout
+    assert np.sum(figures["confusion_matrix"]) == trained[1]["matrix"].sum()
+    assert figures["pixels"]["sky"] == np.sum(figures["confusion_matrix"], 1)[0]
+    assert None not in figures["iou"].values()
+    assert 0 < figures["boundary"]["mean_iou"] < figures["mIoU"]
+
+
+def test_submit_command_names_the_data_sets_it_knows(trained, tmp_path):
+    command = [sys.executable, "-m", "duc_dlc_jax.submit", f"--workdir={trained[0]}"]
+    result = run([*command, "--split=val", f"--output={tmp_path / 'x.zip'}"], check=False)
+    assert result.returncode == 2
+    expected = (
+        "error: no submission format for the data set 'scenes'; there are: cityscapes, ade20k"
+    )
+    assert result.stderr.splitlines()[-1] == expected
+
+
+def test_predictions_of_a_split_become_an_archive(trained, tmp_path):
+    loaded = workdirs.load(trained[0])
+    spec = dataclasses.replace(loaded.spec, name="ade20k")
+    records = open_records(loaded.config.data, "val")
+    named = (
+        example | {"name": f"ADE_val_{i:08d}"}
+        for i, example in enumerate(pipeline.eval_examples(records))
+    )
+    predictions = evaluate.Evaluator(loaded.model, spec, 8).predictions(loaded.variables, named)
+    assert submit.write_archive(tmp_path / "x.zip", spec, predictions) == 40
 
 
 def test_predict_command(trained, tmp_path):

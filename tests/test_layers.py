@@ -272,7 +272,8 @@ def test_valid_cells_lie_on_valid_pixels(stride, size):
     valid = np.array([size, (1, 1), (size[0] // 2, size[1]), (17, 5)], np.int32)
     rows, columns = (np.arange(n)[None] < valid[:, axis, None] for axis, n in enumerate(size))
     expected = (rows[:, :, None, None] & columns[:, None, :, None])[:, ::stride, ::stride]
-    cells = layers.valid_cells(jnp.asarray(valid), size, expected.shape[1:3])
+    sizes = layers.valid_sizes(jnp.asarray(valid), size, expected.shape[1:3])
+    cells = layers.cells_within(sizes, expected.shape[1:3])
     np.testing.assert_array_equal(cells, expected)
 
 
@@ -287,7 +288,7 @@ def padded(padding, valid=((13, 18), (24, 7))):
         image[-(-height // 4) :] = padding
         image[:, -(-width // 4) :] = padding
     sizes = jnp.asarray(valid, jnp.int32)
-    masked = {"valid_cells": functools.partial(layers.valid_cells, sizes, (24, 32))}
+    masked = {"valid_sizes": functools.partial(layers.valid_sizes, sizes, (24, 32))}
     return x, masked | {"dtype": x.dtype}
 
 

@@ -221,7 +221,7 @@ VALID = jax.ShapeDtypeStruct((1, 2), jnp.int32)
     ids=["masked", "counted", "frozen", "inference"],
 )
 def test_masked_padding_reaches_every_batch_norm_that_takes_statistics(call, masked):
-    assert {norm.valid_cells is not None for norm in batch_norms(**call)} == {masked}
+    assert {norm.valid_sizes is not None for norm in batch_norms(**call)} == {masked}
 
 
 def test_masked_padding_needs_the_valid_sizes():

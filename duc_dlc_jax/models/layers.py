@@ -67,6 +67,9 @@ class Conv(nn.Module):
     (`SAME` pads stride-2 kernels differently on even sizes.) An output grid has ceil(size / stride)
     cells. Where the windows do not overlap (kernel <= stride, and 1x1), the convolution is written
     as one matrix product, which every backend runs and differentiates well.
+
+    `valid_sizes`: from the grid (h, w) to int32 [B, 2] (`valid_sizes` below); cells beyond these
+    are set to 0 before a kernel larger than 1 reads them, as if the image ended there.
     """
 
     features: int
@@ -76,12 +79,15 @@ class Conv(nn.Module):
     bias: bool = False
     init: Any = head_init
     dtype: Dtype = jnp.float32
+    valid_sizes: Callable[[Sequence[int]], jax.Array] | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         shape = (self.kernel, self.kernel, x.shape[-1], self.features)
         kernel = self.param("kernel", self.init, shape, parameter_dtype(self.dtype))
         x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
+        if self.valid_sizes is not None and self.kernel > 1:
+            x = zero_beyond(x, self.valid_sizes(x.shape[1:3]))
         if self.kernel == 1:
             x = x[:, :: self.stride, :: self.stride]
             y = jax.lax.dot_general(x, kernel[0, 0], (((3,), (0,)), ((), ())))
@@ -153,9 +159,10 @@ class BatchNorm(nn.Module):
     `running_variance`: "biased" stores E[x^2] - E[x]^2 (Flax); "unbiased" stores n / (n - 1) of it
     (PyTorch), n being the values per channel of a group.
 
-    `valid_cells`: from the grid (h, w) to bool [B, h, w, 1], the cells that enter the statistics
-    (`valid_cells` below); n is their number, and the groups' shares in the running statistics are
-    proportional to it. All cells are normalised. A group without a valid cell counts all its cells.
+    `valid_sizes`: from the grid (h, w) to int32 [B, 2], the part of each image that enters the
+    statistics (`valid_sizes` below); n is the number of its cells, and the groups' shares in the
+    running statistics are proportional to it. All cells are normalised. A group without a valid
+    cell counts all its cells.
     """
 
     momentum: float = 0.9  # running = momentum * running + (1 - momentum) * batch
@@ -163,7 +170,7 @@ class BatchNorm(nn.Module):
     groups: int = 1
     running_variance: str = "biased"
     use_running_average: bool = False
-    valid_cells: Callable[[Sequence[int]], jax.Array] | None = None
+    valid_sizes: Callable[[Sequence[int]], jax.Array] | None = None
     dtype: Dtype = jnp.float32
 
     @nn.compact
@@ -181,10 +188,11 @@ class BatchNorm(nn.Module):
         groups = 1 if self.is_initializing() else self.groups
         grouped = x.reshape(groups, -1, *x.shape[1:])
         values = grouped.astype(wide)
-        if self.valid_cells is None:
+        if self.valid_sizes is None:
             mean, var, batch_mean, batch_var = self._statistics(values)
         else:
-            mask = self.valid_cells(x.shape[1:3]).reshape(*grouped.shape[:-1], 1)
+            grid = x.shape[1:3]
+            mask = cells_within(self.valid_sizes(grid), grid).reshape(*grouped.shape[:-1], 1)
             mean, var, batch_mean, batch_var = self._masked_statistics(values, mask)
         if not self.is_initializing():
             keep = self.momentum
@@ -225,21 +233,6 @@ class BatchNorm(nn.Module):
         return (x * factor[:, None, None, None] + shift[:, None, None, None]).astype(self.dtype)
 
 
-def valid_cells(valid: jax.Array, size: Sequence[int], grid: Sequence[int]) -> jax.Array:
-    """The cells of a grid that do not lie in the padding of their image: bool [B, *grid, 1].
-
-    valid: int32 [B, 2], height and width of the unpadded part at the top left of each image; size:
-    of the padded images (H, W); pixels. A grid of stride s, a power of 2, has ceil(size / s) cells,
-    cell i on pixel s * i.
-    """
-
-    def along(axis: int) -> jax.Array:  # bool [B, grid[axis]]
-        stride = 2 ** math.ceil(math.log2(size[axis] / grid[axis]))
-        return stride * np.arange(grid[axis])[None] < valid[:, axis, None]
-
-    return along(0)[:, :, None, None] & along(1)[:, None, :, None]
-
-
 def interpolation_matrix(size_in: int, size_out: int, grid: str, step: float) -> np.ndarray:
     """[size_out, size_in] float64 bilinear weights along one axis.
 
@@ -260,22 +253,89 @@ def interpolation_matrix(size_in: int, size_out: int, grid: str, step: float) ->
     return matrix
 
 
-def resize_bilinear(x: jax.Array, size: Sequence[int], grid: str, step: float) -> jax.Array:
-    """Bilinear resize of [B, H, W, C] to [B, *size, C] as two matrix products, in x's dtype.
+def resize_bilinear(
+    x: jax.Array,
+    size: Sequence[int],
+    grid: str,
+    step: float,
+    valid_sizes: Callable[[Sequence[int]], jax.Array] | None = None,
+    axes: Sequence[int] = (0, 1),
+) -> jax.Array:
+    """Bilinear resize of [B, H, W, C] to [B, *size, C] in x's dtype; axes: 0 rows, 1 columns.
 
-    Highest matrix precision for float32, so that neither TF32 nor bf16 passes move an arg-max.
+    Matrix products in the highest precision for float32, so that neither TF32 nor bf16 passes move
+    an arg-max. With `valid_sizes` (below) each image is resized from its valid cells to its valid
+    size, by gathering, since the weights differ from image to image; what lies beyond is finite and
+    means nothing.
     """
-    if x.shape[1:3] == tuple(size):
+    if valid_sizes is not None:
+        source, target = valid_sizes(x.shape[1:3]), valid_sizes(size)
+        for axis in axes:
+            low, fraction = interpolation_positions(
+                source[:, axis], target[:, axis], size[axis], grid, step
+            )
+            x = interpolate(x, low, fraction, axis + 1)
         return x
-    batch, height, width, channels = x.shape
-    highest = jax.lax.Precision.HIGHEST
+    if all(x.shape[axis + 1] == size[axis] for axis in axes):
+        return x
+    for axis in axes:
+        lead, tail = x.shape[: axis + 1], x.shape[axis + 2 :]
+        matrix = interpolation_matrix(x.shape[axis + 1], size[axis], grid, step).astype(x.dtype)
+        y = x.reshape(math.prod(lead), x.shape[axis + 1], math.prod(tail))
+        weights = jnp.broadcast_to(matrix[None], (len(y), *matrix.shape))
+        y = jnp.einsum("noi,nic->noc", weights, y, precision=jax.lax.Precision.HIGHEST)
+        x = y.reshape(*lead, size[axis], *tail)
+    return x
 
-    def product(matrix: np.ndarray, y: jax.Array) -> jax.Array:  # [out, in], [N, in, C]
-        weights = jnp.broadcast_to(matrix.astype(x.dtype)[None], (y.shape[0], *matrix.shape))
-        return jnp.einsum("noi,nic->noc", weights, y, precision=highest)
 
-    rows = interpolation_matrix(height, size[0], grid, step)
-    columns = interpolation_matrix(width, size[1], grid, step)
-    x = product(rows, x.reshape(batch, height, width * channels))
-    x = product(columns, x.reshape(batch * size[0], width, channels))
-    return x.reshape(batch, *size, channels)
+def valid_sizes(valid: jax.Array, size: Sequence[int], grid: Sequence[int]) -> jax.Array:
+    """Height and width in cells of the unpadded part of each image on a grid: int32 [B, 2].
+
+    valid: int32 [B, 2], height and width in pixels of the unpadded part, at the top left of each
+    image; size: of the padded images (H, W). A grid of stride s, a power of 2, has ceil(size / s)
+    cells.
+    """
+    strides = [2 ** math.ceil(math.log2(n / cells)) for n, cells in zip(size, grid, strict=True)]
+    return -(-valid // jnp.asarray(strides, valid.dtype)[None])
+
+
+def cells_within(sizes: jax.Array, grid: Sequence[int]) -> jax.Array:
+    """Which cells of a grid lie in the top left sizes, int32 [B, 2]: bool [B, *grid, 1]."""
+    rows = jnp.arange(grid[0])[None] < sizes[:, :1]
+    columns = jnp.arange(grid[1])[None] < sizes[:, 1:]
+    return (rows[:, :, None] & columns[:, None, :])[..., None]
+
+
+def zero_beyond(x: jax.Array, sizes: jax.Array) -> jax.Array:
+    """[B, H, W, C] with the cells at or beyond sizes, int32 [B, 2], set to 0."""
+    return jnp.where(cells_within(sizes, x.shape[1:3]), x, 0)
+
+
+def interpolation_positions(
+    size_in: jax.Array, size_out: jax.Array, cells: int, grid: str, step: float
+) -> tuple[jax.Array, jax.Array]:
+    """`interpolation_matrix` for sizes that are known at run time, int32 [B].
+
+    Returns for `cells` output cells the lower input cell, int32 [B, cells], and the weight of the
+    next one, float [B, cells]. Cells from size_out on repeat the last input cell.
+    """
+    index, last = jnp.arange(cells)[None], size_in[:, None] - 1
+    if grid == "corners":  # whole numbers: exact
+        divisor = jnp.maximum(size_out[:, None] - 1, 1)
+        low, fraction = index * last // divisor, (index * last % divisor) / divisor
+    else:  # step is a power of 2: exact
+        position = index * step
+        low = jnp.floor(position).astype(jnp.int32)
+        fraction = position - low
+    return jnp.minimum(low, last), jnp.where(low < last, fraction, 0)
+
+
+def interpolate(x: jax.Array, low: jax.Array, fraction: jax.Array, axis: int) -> jax.Array:
+    """(1 - fraction) x[low] + fraction x[low + 1] along axis 1 or 2 of x [B, H, W, C].
+
+    low: int [B, n]; fraction: float [B, n], 0 where low is the last cell.
+    """
+    shape = (len(x), -1, 1, 1) if axis == 1 else (len(x), 1, -1, 1)
+    low, fraction = low.reshape(shape), fraction.astype(x.dtype).reshape(shape)
+    first, second = (jnp.take_along_axis(x, cells, axis, mode="clip") for cells in (low, low + 1))
+    return (1 - fraction) * first + fraction * second

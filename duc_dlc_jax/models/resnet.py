@@ -7,7 +7,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from duc_dlc_jax.models.layers import max_pool
+from duc_dlc_jax.models.layers import max_pool, zero_beyond
 
 # Blocks per stage; 14 and 26 are this project's small variants for tests and the demo.
 BLOCKS = {
@@ -57,7 +57,7 @@ class ResNet(nn.Module):
     """[B, H, W, 3] -> the outputs of layer1..layer4, 4w, 8w, 16w, 32w channels (w = width).
 
     Grids: 1/4, 1/8, then up to 1/output_stride. Names of parameters follow torchvision's
-    (`layer3.5.conv2` is `layer3_5/conv2`).
+    (`layer3.5.conv2` is `layer3_5/conv2`). `valid_sizes`: as in `layers.Conv`.
     """
 
     depth: int
@@ -67,6 +67,7 @@ class ResNet(nn.Module):
     output_stride: int
     conv: Any
     norm: Any
+    valid_sizes: Any = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> tuple[jax.Array, ...]:
@@ -79,6 +80,8 @@ class ResNet(nn.Module):
         else:
             x = self.conv(self.width, 7, 2, name="conv1")(x)
         x = nn.relu(self.norm(name="bn1")(x))
+        if self.valid_sizes is not None:  # 0 after a ReLU is as good as max_pool's own -inf
+            x = zero_beyond(x, self.valid_sizes(x.shape[1:3]))
         x = max_pool(x)
         outputs = []
         stages = zip(BLOCKS[self.depth], stage_strides(self.output_stride), strict=True)

@@ -49,7 +49,11 @@ class Segmenter(nn.Module):
 
     @nn.compact
     def __call__(
-        self, images: jax.Array, train: bool = False, valid: jax.Array | None = None
+        self,
+        images: jax.Array,
+        train: bool = False,
+        valid: jax.Array | None = None,
+        coarse: bool = False,
     ) -> jax.Array:
         """images: uint8 RGB [B, H, W, 3] (or normalised floats) -> logits [B, H, W, classes].
 
@@ -58,19 +62,23 @@ class Segmenter(nn.Module):
         `dropout`.
 
         valid: int32 [B, 2], height and width in pixels of the unpadded part of each image, which
-        lies at its top left. Read in training with `bn_padding="masked"` alone; raises ConfigError
+        lies at its top left. In inference the logits of this part then equal those of the image
+        without padding. Training reads it with `bn_padding="masked"` alone, and raises ConfigError
         where it is missing then.
+
+        coarse (inference): logits on the 1/8 grid, [B, ceil(H / 8), ceil(W / 8), classes], and
+        nothing as large as the image is kept whole but the image itself.
         """
-        valid_cells = None
-        if self.bn_padding == "masked" and train and not self.bn_frozen:
-            if valid is None:
-                raise ConfigError(
-                    'model.bn_padding="masked" needs batches with an entry "valid", int32 [B, 2]: '
-                    "height and width of the unpadded part of each crop; this batch has none. "
-                    'model.bn_padding="counted" does without'
-                )
-            valid_cells = partial(layers.valid_cells, valid, images.shape[1:3])
-        conv = partial(layers.Conv, dtype=self.dtype)
+        masked = self.bn_padding == "masked" and train and not self.bn_frozen
+        if masked and valid is None:
+            raise ConfigError(
+                'model.bn_padding="masked" needs batches with an entry "valid", int32 [B, 2]: '
+                "height and width of the unpadded part of each crop; this batch has none. "
+                'model.bn_padding="counted" does without'
+            )
+        every = None if valid is None else partial(layers.valid_sizes, valid, images.shape[1:3])
+        sizes = None if train else every
+        conv = partial(layers.Conv, dtype=self.dtype, valid_sizes=sizes)
         norm = partial(
             layers.BatchNorm,
             momentum=self.bn_momentum,
@@ -78,9 +86,10 @@ class Segmenter(nn.Module):
             groups=self.bn_groups,
             running_variance=self.bn_running_variance,
             use_running_average=self.bn_frozen or not train,
-            valid_cells=valid_cells,
+            valid_sizes=every if masked else None,
             dtype=self.dtype,
         )
+        resize = partial(layers.resize_bilinear, valid_sizes=sizes)
         image = layers.normalize(images, self.dtype)
         backbone = ResNet(
             self.depth,
@@ -90,6 +99,7 @@ class Segmenter(nn.Module):
             self.output_stride,
             conv=partial(conv, init=layers.backbone_init),
             norm=norm,
+            valid_sizes=sizes,
             name="backbone",
         )
         _, middle, layer3, low = backbone(image)
@@ -104,6 +114,8 @@ class Segmenter(nn.Module):
             self.resize_grid,
             conv=conv,
             norm=norm,
+            slabs=coarse,
+            valid_sizes=sizes,
             name="duc",
         )(image, middle, low)
         x = DLC(self.dlc_width, self.dlc_growth, self.dlc_rates, conv, norm, name="dlc")(x)
@@ -111,15 +123,18 @@ class Segmenter(nn.Module):
             aux = conv(layer3.shape[-1] // 4, 3, name="aux_conv")(layer3)
             aux = nn.relu(norm(name="aux_bn")(aux))
             stride = min(self.output_stride, 16)
-            aux = self._classify(aux, images, conv, train, "aux_classifier", stride)
+            aux = self._classify(aux, conv, train, "aux_classifier")
+            aux = resize(aux, images.shape[1:3], self.resize_grid, 1 / stride)
             self.sow("intermediates", "aux_logits", aux)
-        return self._classify(x, images, conv, train, "classifier", 8)
+        logits = self._classify(x, conv, train, "classifier")
+        if coarse:
+            return logits
+        return resize(logits, images.shape[1:3], self.resize_grid, 1 / 8)
 
-    def _classify(self, x, images, conv, train, name, stride):
+    def _classify(self, x, conv, train, name):
         x = nn.Dropout(self.dropout, broadcast_dims=(1, 2), deterministic=not train)(x)
         logits = conv(self.num_classes, bias=True, name=name)(x)
-        logits = logits.astype(layers.parameter_dtype(self.dtype))
-        return layers.resize_bilinear(logits, images.shape[1:3], self.resize_grid, 1 / stride)
+        return logits.astype(layers.parameter_dtype(self.dtype))
 
 
 def create(model: ml_collections.ConfigDict, num_classes: int, data_devices: int = 1) -> Segmenter:

@@ -1,0 +1,92 @@
+"""Archives for the benchmarks' servers, read back as the servers would."""
+
+from __future__ import annotations
+
+import fnmatch
+import io
+import zipfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from duc_dlc_jax import submit
+from duc_dlc_jax.config import ConfigError
+from duc_dlc_jax.data.labels import DataError, label_spec
+
+
+def examples(names, classes, size=(6, 9)):
+    rng = np.random.default_rng(0)
+    for name in names:
+        yield {"name": name, "prediction": rng.integers(0, classes, size).astype(np.uint8)}
+
+
+def read(path):
+    with zipfile.ZipFile(path) as archive:
+        return {n: Image.open(io.BytesIO(archive.read(n))) for n in archive.namelist()}
+
+
+def test_cityscapes_archive_holds_label_ids(tmp_path):
+    spec, path = label_spec("cityscapes"), tmp_path / "out" / "cityscapes.zip"
+    names = ["berlin_000000_000019", "bielefeld/bielefeld_000000_012345"]
+    assert submit.write_archive(path, spec, examples(names, 19)) == 2
+    files = read(path)
+    assert sorted(files) == [
+        "berlin_000000_000019_labelIds.png",
+        "bielefeld_000000_012345_labelIds.png",
+    ]
+    assert fnmatch.filter(files, "berlin_000000_000019*.png")  # what cityscapesScripts looks for
+    for written, example in zip(files.values(), examples(names, 19), strict=True):
+        assert written.mode == "L"
+        expected = np.asarray(spec.submission_ids)[example["prediction"]]
+        np.testing.assert_array_equal(np.asarray(written), expected)
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_ade20k_archive_holds_1_to_150(tmp_path):
+    path = tmp_path / "ade20k.zip"
+    names = [f"ADE_test_{i:08d}" for i in range(1, 30)]
+    submit.write_archive(path, label_spec("ade20k"), examples(names, 150, (12, 20)))
+    files = read(path)
+    assert sorted(files) == [f"{name}.png" for name in names]
+    assert set(np.unique(np.stack(list(files.values())))) == set(range(1, 151))
+
+
+def test_other_data_sets_have_no_archive(tmp_path):
+    with pytest.raises(ConfigError, match=r"data set 'camvid'; there are: cityscapes, ade20k"):
+        submit.write_archive(tmp_path / "x.zip", label_spec("camvid"), [])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["berlin_19"], r"record 'berlin_19' has no name of the benchmark"),
+        (["berlin_000000_000019"] * 2, "two records are named berlin_000000_000019"),
+    ],
+)
+def test_names_that_the_server_would_not_understand(tmp_path, names, message):
+    with pytest.raises(DataError, match=message):
+        submit.write_archive(tmp_path / "x.zip", label_spec("cityscapes"), examples(names, 19))
+    assert not (tmp_path / "x.zip").exists()
+
+
+@pytest.mark.parametrize(
+    ("pixels", "message"),
+    [
+        (np.zeros((6, 9), np.uint8), r"has ids \[0\], which are no class's"),
+        (np.full((6, 8), 7, np.uint8), r"is L \(6, 8\), not 8-bit grey \(6, 9\)"),
+        (np.full((6, 9, 3), 7, np.uint8), r"is RGB .*, not 8-bit grey"),
+    ],
+)
+def test_a_wrong_archive_is_found_out(tmp_path, pixels, message):
+    path = tmp_path / "x.zip"
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a.png", buffer.getvalue())
+    spec = label_spec("cityscapes")
+    with pytest.raises(DataError, match=message):
+        submit.check_archive(path, spec, {"a.png": (6, 9)})
+    with pytest.raises(DataError, match=r"1 files for 2 images; \['b\.png'\]"):
+        submit.check_archive(path, spec, {"a.png": (6, 9), "b.png": (6, 9)})
