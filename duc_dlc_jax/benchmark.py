@@ -22,7 +22,7 @@ from ml_collections import config_flags
 from duc_dlc_jax import cli, describe, predict, sharding
 from duc_dlc_jax import config as config_lib
 from duc_dlc_jax import optimizer as optimizers
-from duc_dlc_jax.data.labels import label_spec
+from duc_dlc_jax.data.records import find_spec
 from duc_dlc_jax.models import segmenter
 from duc_dlc_jax.train_step import create_state, init_variables, make_train_step
 
@@ -49,7 +49,7 @@ def benchmark(config: ml_collections.ConfigDict, steps: int = 5) -> dict[str, An
     mesh = sharding.data_mesh()
     batch, size = config.train.batch_size, config.data.crop_size
     sharding.check_batch(batch, mesh.size)
-    classes = label_spec(config.data.name).num_classes
+    classes = find_spec(config.data).num_classes
     model = segmenter.create(config.model, classes, mesh.size)
     flops = 2 * sum(describe.macs(model, size, size).values())  # of one image, forward
 

@@ -20,7 +20,7 @@ from ml_collections import config_flags
 from duc_dlc_jax import cli
 from duc_dlc_jax import config as config_lib
 from duc_dlc_jax import optimizer as optimizers
-from duc_dlc_jax.data.labels import label_spec
+from duc_dlc_jax.data.records import find_spec
 from duc_dlc_jax.models import segmenter
 from duc_dlc_jax.models.layers import Conv
 from duc_dlc_jax.train_step import create_state
@@ -87,7 +87,7 @@ def state_bytes(config: ml_collections.ConfigDict, model: segmenter.Segmenter) -
 def describe(config: ml_collections.ConfigDict) -> dict[str, Any]:
     """All figures of this module for `config`, at its crop size and its data set's classes."""
     config_lib.validate(config)
-    spec, size = label_spec(config.data.name), config.data.crop_size
+    spec, size = find_spec(config.data), config.data.crop_size
     model = segmenter.create(config.model, spec.num_classes)
     return {
         "data set": spec.name,
