@@ -57,14 +57,11 @@ def benchmark(config: ml_collections.ConfigDict, steps: int = 5) -> dict[str, An
         named = {"batch_size": images, "seconds": seconds, "images_per_second": images / seconds}
         return named | {"flop_per_second": flops * images / seconds}
 
-    rng = np.random.default_rng(0)
-    images = rng.integers(0, 256, (batch, size, size, 3)).astype(np.uint8)
-    labels = rng.integers(0, classes, images.shape[:3]).astype(np.uint8)
+    data = random_batch(config, classes)
     variables = init_variables(model, config.seed)
     label = predict.make_predictor(model, variables)
-    inference = rates(median_seconds(lambda: label(images[0]), steps), 1, flops)
-    data = {"image": images, "label": labels}
-    seconds, peak = _train_step(config, model, mesh, variables, data, steps)
+    inference = rates(median_seconds(lambda: label(data["image"][0]), steps), 1, flops)
+    seconds, peak = time_train_step(config, model, mesh, variables, data, steps)
     return {
         "device": mesh.devices.flat[0].device_kind,
         "devices": mesh.size,
@@ -75,9 +72,19 @@ def benchmark(config: ml_collections.ConfigDict, steps: int = 5) -> dict[str, An
     }
 
 
-def _train_step(config, model, mesh, variables, data, steps: int) -> tuple[float, int]:
-    """Seconds of a training step, and the bytes per device that it needs as compiled."""
-    optimizer = optimizers.create(config.optimizer, steps + WARM_UP)
+def random_batch(config: ml_collections.ConfigDict, classes: int) -> dict[str, np.ndarray]:
+    """Random image uint8 [B, C, C, 3] and label uint8 [B, C, C] of the configuration's sizes."""
+    rng, size = np.random.default_rng(0), config.data.crop_size
+    image = rng.integers(0, 256, (config.train.batch_size, size, size, 3)).astype(np.uint8)
+    return {"image": image, "label": rng.integers(0, classes, image.shape[:3]).astype(np.uint8)}
+
+
+def time_train_step(config, model, mesh, variables, data, steps: int) -> tuple[float, int]:
+    """Median seconds of `steps` training steps, and the bytes per device of one as compiled.
+
+    With train.steps set it is the program that training runs: a compilation cache keeps it.
+    """
+    optimizer = optimizers.create(config.optimizer, config.train.steps or steps + WARM_UP)
     state = jax.device_put(
         create_state(model, optimizer, config, variables), sharding.replicated(mesh)
     )

@@ -359,7 +359,7 @@ def test_one_broken_file_and_one_of_another_size(two):
         assert words in str(error.value)
     found = two.inspect(skip_bad=True)
     assert sum(found.counts.values()) == 4
-    assert "left out  2:" in "\n".join(found.lines())
+    assert "Left out  2:" in "\n".join(found.lines())
 
 
 # Splits

@@ -101,12 +101,12 @@ class Inspection:
         spans = " to ".join(f"{w}x{h}" for h, w in dict.fromkeys(ends))
         numbers = ", ".join(f"{count} {split}" for split, count in self.counts.items())
         lines = [
-            f"images    {len(sizes)} of {spans}, median short side of train {self.short_side()}",
-            f"splits    {numbers}: {self.split_by}",
-            f"masks     {self.kind}; the names of the classes are from {self.names_from}",
+            f"Images    {len(sizes)} of {spans}, median short side of train {self.short_side()}",
+            f"Splits    {numbers}: {self.split_by}",
+            f"Masks     {self.kind}; the names of the classes are from {self.names_from}",
         ]
         if self.skipped:
-            lines += [f"left out  {len(self.skipped)}:", *(f"  {text}" for text in self.skipped)]
+            lines += [f"Left out  {len(self.skipped)}:", *(f"  {text}" for text in self.skipped)]
         return [*lines, "", *self._class_rows()]
 
     def _class_rows(self) -> list[str]:
