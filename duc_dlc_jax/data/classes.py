@@ -263,11 +263,17 @@ def _refuse_binary(values: Values) -> None:
 
 
 def _palette(values: Values, raw_ids: list[int]) -> tuple[tuple[int, int, int], ...]:
-    """Returns the masks' own colours by train id, or PASCAL VOC's, without its black."""
-    own = raw_ids if values.colours else [values.palette.get(raw, 0) for raw in raw_ids]
-    if len(set(own)) < len(own):
-        return tuple(voc_colour(k + 1) for k in range(len(raw_ids)))
-    return tuple((c >> 16, c >> 8 & 255, c & 255) for c in own)
+    """Returns the masks' own colours by train id; those of PASCAL VOC, without black, for the rest.
+
+    All are PASCAL VOC's where two classes would look alike.
+    """
+    others = [voc_colour(k + 1) for k in range(len(raw_ids))]
+    found = {raw: raw for raw in raw_ids} if values.colours else values.palette
+    own = [
+        (found[raw] >> 16, found[raw] >> 8 & 255, found[raw] & 255) if raw in found else other
+        for raw, other in zip(raw_ids, others, strict=True)
+    ]
+    return tuple(own if len(set(own)) == len(own) else others)
 
 
 def _first(values: Values) -> str:
