@@ -157,6 +157,12 @@ def test_names_of_data_sets(text, name):
     assert fit.safe_name(text) == name
 
 
+@pytest.mark.parametrize("name", ["camvid", "My Cats", "2cats"])
+def test_names_that_are_no_data_sets_of_ones_own(two, name):
+    with pytest.raises(DataError, match=name):
+        folders.inspect(two.images, two.labels, name=name)
+
+
 def test_the_machine_at_hand():
     machine = plans.Machine.here()
     assert machine.is_cpu
@@ -262,6 +268,19 @@ def test_plan_only_writes_nothing(two, tmp_path):
     wrong = run([*command, "--config.train.epoch=3"], check=False)
     assert (wrong.returncode, wrong.stderr.count("\n")) == (2, 1)
     assert "unknown configuration field train.epoch" in wrong.stderr
+
+
+def test_prepare_alone(two, tmp_path):
+    module = [sys.executable, "-m", "duc_dlc_jax.data.prepare", f"--data_dir={tmp_path}"]
+    folder = [f"--images={two.images}", f"--labels={two.labels}"]
+    printed = run([*module, "--dataset=mine", *folder]).stdout
+    assert " train, " in printed
+    assert "8 of 8" in printed
+    refused = run([*module, "--dataset=camvid", *folder], check=False)
+    assert refused.returncode == 2
+    assert "camvid is the name of a known data set" in refused.stderr
+    for arguments in (["--dataset=mine", folder[0]], ["--dataset=own"]):
+        assert run([*module, *arguments], check=False).returncode != 0
 
 
 def test_bad_folders_end_in_one_line(two, tmp_path):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from duc_dlc_jax.data import classes, folders
+from duc_dlc_jax.data import folders
 from duc_dlc_jax.data.builders import scenes
 from duc_dlc_jax.data.labels import IGNORE, DataError
 
@@ -160,45 +160,6 @@ def test_a_classes_json_beside_the_labels_is_used(two):
     assert two.inspect().spec.classes == ("grass", "car")
 
 
-@pytest.mark.parametrize(
-    ("declared", "message"),
-    [
-        ({"a": 0, "b": "red"}, r"entry 1, 'b': color 'red'; allowed: \"#RRGGBB\""),
-        ({"a": 0, "b": 1.5}, r"entry 1, 'b': color 1.5"),
-        (["a", 3], "entry 1, None: not understood"),
-        ([{"name": "a", "id": 0}, {"name": "b"}], "entry 1, 'b': has neither id nor color"),
-        ([{"name": "a", "id": -1}, "b"], "entry 0, 'a': id -1; allowed: whole numbers 0..65535"),
-        (
-            [{"name": "a", "id": 0, "colr": 1}],
-            r"entry 0, 'a': not understood \(unknown: \['colr'\]",
-        ),
-        ([{"name": "a", "id": 0, "ignore": "yes"}], "\"ignore\" is 'yes'; allowed: true, false"),
-        (["a", "b", "a"], r"a occurs twice \(a, a\)"),
-        ([{"name": "a", "id": 4}, {"name": "b", "id": 4}], r"4 occurs twice \(a, b\)"),
-        ({"a": 0, "b": "#FF0000"}, "some entries have ids, others colours"),
-        (["a", "void"], "1 classes that are not ignored; allowed: 2..255"),
-        ("cat", "holds 'cat'; allowed: a list of names"),
-    ],
-)
-def test_bad_files_of_classes(tmp_path, declared, message):
-    path = tmp_path / "c.json"
-    path.write_text(json.dumps(declared))
-    with pytest.raises(DataError, match=message) as error:
-        classes.read_classes(path)
-    assert str(path) in str(error.value)
-
-
-def test_unreadable_files_of_classes(tmp_path):
-    (tmp_path / "c.json").write_text('{"a": 1')
-    with pytest.raises(DataError, match="not readable as JSON"):
-        classes.read_classes(tmp_path / "c.json")
-    (tmp_path / "c.json").write_text('{"a": 1, "a": 2}')
-    with pytest.raises(DataError, match="a occurs twice"):
-        classes.read_classes(tmp_path / "c.json")
-    with pytest.raises(FileNotFoundError, match="--classes="):
-        classes.read_classes(tmp_path / "none.json")
-
-
 # Masks that are refused
 
 
@@ -279,6 +240,14 @@ def test_kinds_of_png_that_are_not_read(two):
         array.save(path, "JPEG" if array.mode == "RGB" else "PNG")
         with pytest.raises(DataError, match=f"i0.png: {message}"):
             two.inspect()
+
+
+def test_a_photograph_is_no_mask(two):
+    two.fill(ids(0, 1))
+    write(two.labels / "i0.png", np.arange(90 * 90, dtype=np.uint16).reshape(90, 90))
+    write(two.images / "i0.jpg", picture(90, 90))
+    with pytest.raises(DataError, match=r"i0\.png: 8100 different values: a photograph"):
+        two.inspect()
 
 
 # Pairs
@@ -377,7 +346,6 @@ def test_the_split_follows_from_names_and_seed(two):
         two.add(f"i{i}", ids(0, 1))
     after = val()
     assert {name for name in after if int(name[1:]) < 40} == before
-    two.fill(ids(0, 1), 2)
 
 
 @pytest.mark.parametrize("count", [2, 3])

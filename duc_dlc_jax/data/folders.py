@@ -13,6 +13,7 @@ import hashlib
 import io
 import os
 import pathlib
+import re
 import statistics
 from collections.abc import Sequence
 
@@ -22,7 +23,7 @@ from PIL import Image
 from duc_dlc_jax.data import classes, codec
 from duc_dlc_jax.data.builders.files import File
 from duc_dlc_jax.data.builders.sources import Item
-from duc_dlc_jax.data.labels import IGNORE, DataError, LabelSpec
+from duc_dlc_jax.data.labels import IGNORE, DataError, LabelSpec, is_known
 from duc_dlc_jax.data.pairs import Pair, find_pairs
 from duc_dlc_jax.progress import Progress
 
@@ -35,6 +36,7 @@ PNG_KINDS = {  # (bits, colour type) of a PNG's header
     (8, 2): "RGB colours",
     (8, 6): "RGB colours",
 }
+MOST_IN_ONE = 4096  # values of one mask; a photograph has more
 COLOUR_TYPES = {0: "grey", 2: "RGB", 3: "palette", 4: "grey with alpha", 6: "RGB with alpha"}
 
 
@@ -106,7 +108,9 @@ class Inspection:
             f"Masks     {self.kind}; the names of the classes are from {self.names_from}",
         ]
         if self.skipped:
-            lines += [f"Left out  {len(self.skipped)}:", *(f"  {text}" for text in self.skipped)]
+            more = [f"  and {len(self.skipped) - 20} more"] if len(self.skipped) > 20 else []
+            named = [f"  {text}" for text in self.skipped[:20]]
+            lines += [f"Left out  {len(self.skipped)}:", *named, *more]
         return [*lines, "", *self._class_rows()]
 
     def _class_rows(self) -> list[str]:
@@ -151,7 +155,7 @@ def inspect(
       classes_file: see `classes.read_classes`; None: a classes.json in or beside labels_dir, or
         else the classes are the values that occur in the masks.
       seed: of the split.
-      name: of the data set.
+      name: of the data set: a-z, 0-9 and _, a letter first, and no known data set's.
       val_share: share of the images that are held back where there is no folder val; 0..1.
       binary: see `classes.infer_spec`.
       skip_bad: leave out files without a partner, that are unreadable or of two sizes.
@@ -161,6 +165,7 @@ def inspect(
       DataError: no pairs; files that cannot be used; masks that fit neither together nor the file
         of classes; names files, values and the way out.
     """
+    _check_name(name)
     images_dir, labels_dir = pathlib.Path(images_dir), pathlib.Path(labels_dir)
     found, alone = find_pairs(images_dir, labels_dir)
     scans, broken = _scan_all(found)
@@ -179,6 +184,15 @@ def inspect(
     by_split, split_by = _split(scans, seed, val_share)
     source = "--binary" if binary else classes_file or "their values"
     return Inspection(spec, by_split, values.kind, split_by, str(source), tuple(left_out))
+
+
+def _check_name(name: str) -> None:
+    if is_known(name):
+        raise DataError(f"{name} is the name of a known data set; give your own folders another")
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+        raise DataError(
+            f"{name!r} names no data set; allowed: small letters, digits and _, a letter first"
+        )
 
 
 def _scan_all(found: Sequence[Pair]) -> tuple[list[Scan], list[str]]:
@@ -213,8 +227,12 @@ def _scan(pair: Pair) -> Scan:
             f"{where}: the mask is {raw.shape[1]}x{raw.shape[0]}, its image {pair.image} "
             f"{width}x{height} (width x height after EXIF orientation); the two must be equal"
         )
-    pixels = _count(raw)
-    palette = {}
+    pixels, palette = _count(raw), {}
+    if len(pixels) > MOST_IN_ONE:
+        raise DataError(
+            f"{where}: {len(pixels)} different values: a photograph or a smoothed picture, not a "
+            "mask (are --images and --labels the right way round?)"
+        )
     if kind == "palette ids":
         colours = Image.open(io.BytesIO(data)).getpalette("RGB") or []
         rgb = [r << 16 | g << 8 | b for r, g, b in zip(*[iter(colours)] * 3, strict=True)]

@@ -23,7 +23,7 @@ from duc_dlc_jax import cli
 from duc_dlc_jax.data import builders, folders
 from duc_dlc_jax.data.builders import files, sources
 from duc_dlc_jax.data.builders.sources import Item, Listing
-from duc_dlc_jax.data.labels import IGNORE, DataError, LabelSpec, is_known, label_spec
+from duc_dlc_jax.data.labels import IGNORE, DataError, LabelSpec, label_spec
 from duc_dlc_jax.data.records import read_spec
 
 
@@ -104,11 +104,9 @@ def prepare_folders(
       The folder of the records.
 
     Raises:
-      DataError: the name is that of a known data set; a file changed since it was inspected.
+      DataError: a file became unusable since it was inspected; names it.
     """
     name = found.spec.name
-    if is_known(name):
-        raise DataError(f"{name} is the name of a known data set; give your own folders another")
     folder = builders.prepared_dir(data_dir, name)
     if is_prepared(folder):
         print(f"{name} is already prepared in {folder}; delete that folder to prepare it again")
