@@ -174,8 +174,8 @@ def _check_record(workdir: Path, request: Request) -> None:
             f"{name}: {old['flags'].get(name)!r}, now {new['flags'][name]!r}" for name in changed
         )
         raise config_lib.ConfigError(
-            f"{workdir} was planned with other flags ({differ}). Repeat the first command and edit "
-            f"{workdir / PLAN_FILE}, or give another --workdir"
+            f"{workdir} was planned with other flags ({differ}). Edit {workdir / PLAN_FILE} and "
+            "repeat the first command, or give another --workdir"
         )
     before, now = old["files"], new["files"]
     moved = [
