@@ -73,10 +73,11 @@ def benchmark(config: ml_collections.ConfigDict, steps: int = 5) -> dict[str, An
 
 
 def random_batch(config: ml_collections.ConfigDict, classes: int) -> dict[str, np.ndarray]:
-    """Random image uint8 [B, C, C, 3] and label uint8 [B, C, C] of the configuration's sizes."""
-    rng, size = np.random.default_rng(0), config.data.crop_size
-    image = rng.integers(0, 256, (config.train.batch_size, size, size, 3)).astype(np.uint8)
-    return {"image": image, "label": rng.integers(0, classes, image.shape[:3]).astype(np.uint8)}
+    """A training batch of the configuration's sizes with random pixels, see `make_train_step`."""
+    rng, size, batch = np.random.default_rng(0), config.data.crop_size, config.train.batch_size
+    image = rng.integers(0, 256, (batch, size, size, 3)).astype(np.uint8)
+    label = rng.integers(0, classes, image.shape[:3]).astype(np.uint8)
+    return {"image": image, "label": label, "valid": np.full((batch, 2), size, np.int32)}
 
 
 def time_train_step(config, model, mesh, variables, data, steps: int) -> tuple[float, int]:

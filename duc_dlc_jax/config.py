@@ -28,6 +28,7 @@ CHOICES = {
     "model.dtype": ("float32", "bfloat16", "float64"),
     "model.bn_groups": ("global", "device"),
     "model.bn_running_variance": ("biased", "unbiased"),
+    "model.bn_padding": ("counted", "masked"),
 }
 
 
@@ -85,6 +86,7 @@ def default() -> ml_collections.ConfigDict:
     c.model.bn_groups = "global"  # statistics over: global (the whole batch) or device
     c.model.bn_frozen = False  # use and keep the running statistics in training
     c.model.bn_running_variance = "biased"  # biased (Flax) or unbiased (PyTorch)
+    c.model.bn_padding = "counted"  # padding of crops in the statistics: counted [C] or masked
 
     c.init = ml_collections.ConfigDict()
     c.init.weights = ""  # backbone weights: .npz, .safetensors or .pth; empty = from scratch

@@ -46,11 +46,11 @@ def to_devices(batch: dict[str, np.ndarray], sharding: NamedSharding) -> dict[st
 
 
 def jit_train_step(train_step: Callable, mesh: Mesh) -> Any:
-    """(state, {image, label}) -> (state, metrics), one program over the mesh; donates the state."""
-    everywhere, split = replicated(mesh), batched(mesh)
+    """(state, batch) -> (state, metrics), one program over the mesh; donates the state."""
+    everywhere = replicated(mesh)
     return jax.jit(
         train_step,
-        in_shardings=(everywhere, {"image": split, "label": split}),
+        in_shardings=(everywhere, batched(mesh)),
         out_shardings=(everywhere, everywhere),
         donate_argnums=0,
     )

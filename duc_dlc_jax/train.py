@@ -22,7 +22,7 @@ from duc_dlc_jax import checkpoints, evaluate, pictures, sharding, workdirs, wri
 from duc_dlc_jax import config as config_lib
 from duc_dlc_jax import optimizer as optimizers
 from duc_dlc_jax.data import pipeline
-from duc_dlc_jax.data.labels import IGNORE, LabelSpec
+from duc_dlc_jax.data.labels import LabelSpec
 from duc_dlc_jax.data.records import open_records
 from duc_dlc_jax.models import pretrained, segmenter
 from duc_dlc_jax.progress import Progress
@@ -119,6 +119,9 @@ def _loop(config, state, steps, batches, train_step, evaluation, saved, writer) 
 def _batches(config, records, position: int, count: int, mesh):
     """`count` global batches on the devices, from the image at `position` of the stream on."""
     start = position // config.train.batch_size
+    names = ["image", "label"]
+    names += ["valid"] if config.model.bn_padding == "masked" else []
+    names += ["bad"] if config.data.bad_records == "mask" else []
     iterator = pipeline.train_iterator(
         config.data,
         records,
@@ -131,8 +134,10 @@ def _batches(config, records, position: int, count: int, mesh):
     )
     try:
         for batch in iterator:
-            local = {name: batch[name] for name in ("image", "label")}
+            local = {name: batch[name] for name in names}
             yield sharding.to_devices(local, sharding.batched(mesh))
+    except RuntimeError as error:
+        raise pipeline.with_record(error, records) from error
     finally:
         if hasattr(iterator, "close"):
             iterator.close()
@@ -202,11 +207,8 @@ def _announce(
     if jax.process_index() != 0:
         return
     logging.info("configuration:\n%s", config_lib.to_json(config))
-    mapping = ", ".join(
-        f"{raw}->{'ignored' if train == IGNORE else f'{train} {spec.classes[train]}'}"
-        for raw, train in sorted(spec.raw_to_train.items())
-    )
-    logging.info("labels of %s, raw id -> train id: %s", spec.name, mapping)
+    mapping = "\n".join(f"{raw} -> {train} {name}" for train, name, raw in spec.mapping())
+    logging.info("labels of %s, raw ids -> train id:\n%s", spec.name, mapping)
     logging.info(
         "%d training and %d evaluation images, %d steps of %d images, %d %s device(s), workdir %s",
         images,

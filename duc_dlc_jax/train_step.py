@@ -86,7 +86,10 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """(state, {image uint8 [B, H, W, 3], label uint8 [B, H, W]}) -> (state, metrics), to be jitted.
 
-    Loss and gradients are those of the mean over all valid pixels of the global batch (PyTorch's
+    Batches may have an entry `valid`, int32 [B, 2]: height and width of the unpadded part of each
+    image, in pixels. `model.bn_padding="masked"` needs it and raises ConfigError without.
+
+    Loss and gradients are those of the mean over all labelled pixels of the global batch (PyTorch's
     data parallel averages the devices' means instead). Metrics are float32 scalars: loss,
     grad_norm, PA (of the training batch).
     """
@@ -96,6 +99,7 @@ def make_train_step(
             {"params": params, "batch_stats": batch_stats},
             batch["image"],
             train=True,
+            valid=batch.get("valid"),
             rngs={"dropout": key},
             mutable=["batch_stats", "intermediates"],
         )
@@ -103,9 +107,9 @@ def make_train_step(
         loss = cross_entropy(logits, batch["label"])
         for aux_logits in updated.get("intermediates", {}).get("aux_logits", ()):
             loss += config.loss.aux_weight * cross_entropy(aux_logits, batch["label"])
-        valid = batch["label"] != IGNORE
-        hits = ((logits.argmax(-1) == batch["label"]) & valid).sum()
-        return loss, (updated["batch_stats"], hits / jnp.maximum(valid.sum(), 1))
+        labelled = batch["label"] != IGNORE
+        hits = ((logits.argmax(-1) == batch["label"]) & labelled).sum()
+        return loss, (updated["batch_stats"], hits / jnp.maximum(labelled.sum(), 1))
 
     def train_step(state: TrainState, batch: Batch):
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
@@ -119,6 +123,8 @@ def make_train_step(
             new = {"params": params, "batch_stats": batch_stats}
             ema = optax.incremental_update(new, ema, 1 - config.optimizer.ema_decay)
         metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads), "PA": accuracy}
+        if "bad" in batch:
+            metrics["bad_share"] = batch["bad"].mean(dtype=jnp.float32)
         return TrainState(state.step + 1, params, batch_stats, opt_state, ema), metrics
 
     return train_step

@@ -11,76 +11,23 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import layouts
 from duc_dlc_jax import config as configuration
-from duc_dlc_jax.data import builders, codec, pipeline
-from duc_dlc_jax.data.builders import scenes, sources
+from duc_dlc_jax.data import builders, codec
+from duc_dlc_jax.data.builders import files, scenes, sources
 from duc_dlc_jax.data.labels import IGNORE, DataError, LabelSpec, label_spec
-from duc_dlc_jax.data.prepare import count_differences, prepare
+from duc_dlc_jax.data.prepare import count_differences, listed, prepare
+from duc_dlc_jax.data.records import open_records
+from layouts import LAYOUTS, H, W, mask, picture, write
 from runs import WITHOUT_TENSORFLOW
 
 SHARED = os.environ.get("DUC_DLC_SHARED_DATA", "")
-H, W = 12, 16
-
-
-def write(path: pathlib.Path, array: np.ndarray, **options) -> pathlib.Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(array).save(path, **options)
-    return path
-
-
-def picture(seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, (H, W, 3)).astype(np.uint8)
-
-
-def mask(*values: int) -> np.ndarray:
-    return np.resize(np.array(values, np.uint8), (H, W))
-
-
-def make_camvid(root):
-    for split in ("train", "val"):
-        write(root / split / "b.png", picture(1))
-        write(root / f"{split}annot" / "b.png", mask(0, 10, 11))
-        write(root / split / "a.png", picture(0))
-        write(root / f"{split}annot" / "a.png", mask(3))
-
-
-def make_cityscapes(root):
-    for split in ("train", "val", "test"):
-        write(root / "leftImg8bit" / split / "ulm" / "ulm_1_2_leftImg8bit.png", picture())
-        if split != "test":
-            write(root / "gtFine" / split / "ulm" / "ulm_1_2_gtFine_labelIds.png", mask(7, 0, 33))
-
-
-def make_ade20k(root):
-    root = root / "ADEChallengeData2016"
-    for split in ("training", "validation"):
-        write(root / "images" / split / "x.jpg", picture())
-        write(root / "annotations" / split / "x.png", mask(0, 1, 150))
-
-
-def make_pascal_context(root):
-    root = root / "VOCdevkit" / "VOC2010"
-    listing = root / "ImageSets" / "SegmentationContext"
-    listing.mkdir(parents=True)
-    for split in ("train", "val"):
-        write(root / "JPEGImages" / f"{split}1.jpg", picture())
-        write(root / "SegmentationClassContext" / f"{split}1.png", mask(0, 1, 59))
-        (listing / f"{split}.txt").write_text(f"{split}1\n")
-
-
-LAYOUTS = {  # maker, sorted train ids of the first record, labelled splits, unlabelled splits
-    "camvid": (make_camvid, [3], ["train", "val"], []),
-    "cityscapes": (make_cityscapes, [0, 18, IGNORE], ["train", "val"], ["test"]),
-    "ade20k": (make_ade20k, [0, 149, IGNORE], ["train", "val"], []),
-    "pascal_context": (make_pascal_context, [0, 58, IGNORE], ["train", "val"], []),
-    "pascal_context_60": (make_pascal_context, [0, 1, 59], ["train", "val"], []),
-}
 
 
 def opened(name, folder, split):
     data: Any = configuration.default().data
     data.name, data.dir = name, str(folder)
-    return pipeline.open_records(data, split)
+    return open_records(data, split)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -109,21 +56,21 @@ def test_each_layout_is_prepared_and_read_back(name, tmp_path, capsys):
 
 def test_records_are_array_record_with_the_original_jpeg(tmp_path):
     pytest.importorskip("tensorflow", reason="preparing records needs TensorFlow")
-    make_ade20k(tmp_path)
+    layouts.ade20k(tmp_path)
     folder = prepare("ade20k", str(tmp_path), tmp_path / "data")
     assert json.loads((folder / "dataset_info.json").read_text())["fileFormat"] == "array_record"
     jpeg = (tmp_path / "ADEChallengeData2016/images/training/x.jpg").read_bytes()
-    assert opened("ade20k", tmp_path / "data", "train")._raw()[0]["image"] == jpeg
+    assert opened("ade20k", tmp_path / "data", "train")._opened()[0]._source[0]["image"] == jpeg
 
 
 def test_reading_needs_no_tensorflow(scenes_dir):
     program = f"""{WITHOUT_TENSORFLOW}
 from duc_dlc_jax import config
-from duc_dlc_jax.data import labels, pipeline, prepare, transforms
+from duc_dlc_jax.data import labels, pipeline, prepare, records, transforms
 assert "tensorflow_datasets" not in sys.modules and "grain" not in sys.modules
 data = config.default().data
 data.name, data.dir, data.base_size, data.crop_size = "scenes", {str(scenes_dir)!r}, 64, 64
-records = pipeline.open_records(data, "train")
+records = records.open_records(data, "train")
 batch = next(pipeline.train_iterator(data, records, seed=0, batch_size=2, steps=1))
 assert batch["image"].shape == (2, 64, 64, 3)
 assert next(pipeline.eval_examples(records))["name"] == "train_0000"
@@ -151,7 +98,7 @@ def test_scenes_are_deterministic_and_lossless(scenes_dir):
 
 def test_an_interrupted_build_does_not_look_finished(tmp_path, monkeypatch):
     pytest.importorskip("tensorflow", reason="preparing records needs TensorFlow")
-    make_camvid(tmp_path)
+    layouts.camvid(tmp_path)
     write(tmp_path / "valannot" / "b.png", mask(0, 12))
     with pytest.raises(DataError, match=r"valannot/b.png: label values 12 .* allowed: 0\.\.11"):
         prepare("camvid", str(tmp_path), tmp_path / "data")
@@ -160,7 +107,7 @@ def test_an_interrupted_build_does_not_look_finished(tmp_path, monkeypatch):
 
 
 def test_unofficial_counts_are_listed_and_refused_under_strict(tmp_path):
-    make_camvid(tmp_path)
+    layouts.camvid(tmp_path)
     lines = count_differences(sources.SOURCES["camvid"], {"train": 2, "val": 101})
     assert lines == [
         "split train: 2 images, officially 367",
@@ -174,41 +121,46 @@ def test_unofficial_counts_are_listed_and_refused_under_strict(tmp_path):
 
 
 def items(name, root):
-    return sources.list_items(sources.SOURCES[name], name, str(root))
+    with listed(name, str(root)) as (listing, _):
+        return listing.splits
 
 
 def test_missing_or_empty_folders_say_what_was_looked_for(tmp_path):
-    with pytest.raises(DataError, match=r"nowhere is not a folder.*train,val,test.*SegNet"):
+    with pytest.raises(
+        DataError, match=r"nowhere is no folder and no archive.*train,val,test.*SegNet"
+    ):
         items("camvid", tmp_path / "nowhere")
-    (tmp_path / "something").mkdir()
+    (tmp_path / "something.txt").touch()
     for name in ("camvid", "cityscapes", "ade20k", "pascal_context"):
-        with pytest.raises(DataError, match=r"Looked for .* the folder holds something. Download"):
+        with pytest.raises(DataError, match=r"Looked for .* there is something.txt. Download"):
             items(name, tmp_path)
 
 
 def test_images_without_masks_are_counted_and_named(tmp_path):
-    make_cityscapes(tmp_path)
+    layouts.cityscapes(tmp_path)
     write(tmp_path / "leftImg8bit/train/ulm/ulm_3_4_leftImg8bit.png", picture())
-    with pytest.raises(DataError, match=r"1 images without a mask, first ulm_3_4.*gtFine.train"):
+    with pytest.raises(DataError, match=r"split train: 1 images without a mask .*first .*ulm_3_4"):
         items("cityscapes", tmp_path)
 
 
 def test_masks_without_images_are_named(tmp_path):
-    make_camvid(tmp_path)
+    layouts.camvid(tmp_path)
     (tmp_path / "train" / "a.png").unlink()
-    with pytest.raises(DataError, match="1 masks without an image, first a"):
+    with pytest.raises(
+        DataError, match=r"1 masks without an image \(1 images, 2 masks\), first .*trainannot/a.png"
+    ):
         items("camvid", tmp_path)
 
 
 def test_a_listed_image_that_is_not_there_is_named(tmp_path):
-    make_pascal_context(tmp_path)
-    (tmp_path / "VOCdevkit/VOC2010/JPEGImages/val1.jpg").unlink()
-    with pytest.raises(DataError, match=r"1 of the 1 images in .*val.txt .* first val1.jpg"):
+    layouts.pascal_context(tmp_path)
+    (tmp_path / "VOCdevkit/VOC2010/JPEGImages/2008_000001.jpg").unlink()
+    with pytest.raises(DataError, match=r"1 of the 1 images in .*val.txt .* first 2008_000001.jpg"):
         items("pascal_context", tmp_path)
 
 
 def test_the_other_ade20k_annotations_are_refused_by_name(tmp_path):
-    (tmp_path / "annotations_instance").mkdir()
+    write(tmp_path / "annotations_instance/training/x.png", mask(1))
     with pytest.raises(DataError, match="annotations_instance, the 100-category"):
         items("ade20k", tmp_path)
     write(tmp_path / "images/training/a/abbey/ADE_train_1_seg.png", picture())
@@ -216,21 +168,45 @@ def test_the_other_ade20k_annotations_are_refused_by_name(tmp_path):
         items("ade20k", tmp_path)
 
 
+def read_mask(path, colours=False):
+    return codec.read_mask(path.read_bytes(), str(path), colours)
+
+
 def test_masks_of_the_wrong_kind_are_refused(tmp_path):
     with pytest.raises(DataError, match=r"rgb.png: a colour mask \(mode RGB\)"):
-        codec.read_mask_file(write(tmp_path / "rgb.png", picture()))
+        read_mask(write(tmp_path / "rgb.png", picture()))
+    with pytest.raises(DataError, match=r"grey.png: a mask of mode L where RGB colours"):
+        read_mask(write(tmp_path / "grey.png", mask(1)), colours=True)
     deep = write(tmp_path / "deep.png", np.full((H, W), 300, np.uint16))
-    with pytest.raises(DataError, match=r"deep.png: a 16-bit mask .* 8 bits"):
-        codec.read_mask_file(deep)
     with pytest.raises(DataError, match=r"deep.png: a 16-bit PNG"):
-        codec.read_image_file(deep)
+        codec.check_image(deep.read_bytes(), str(deep))
+
+
+def test_16_bit_masks_are_read_exactly(tmp_path):
+    ids = np.resize(np.array([0, 300, 65535], np.uint16), (H, W))
+    np.testing.assert_array_equal(read_mask(write(tmp_path / "deep.png", ids)), ids)
+    with pytest.raises(DataError, match=r"label values 300, 65535 are outside"):
+        label_spec("ade20k").encode(ids)
+
+
+def test_colour_masks_become_one_number_a_pixel(tmp_path):
+    rgb = np.zeros((H, W, 3), np.uint8)
+    rgb[:, 3:] = (0x80, 0x40, 0xC0)
+    expected = np.where(np.arange(W) < 3, 0, 0x8040C0)
+    opaque = np.dstack([rgb, np.full((H, W), 255, np.uint8)])
+    for name, array in (("rgb", rgb), ("rgba", opaque)):
+        found = read_mask(write(tmp_path / f"{name}.png", array), colours=True)
+        np.testing.assert_array_equal(found, np.broadcast_to(expected, (H, W)))
+    opaque[0, 0, 3] = 9
+    with pytest.raises(DataError, match=r"mode RGBA where RGB colours"):
+        read_mask(write(tmp_path / "clear.png", opaque), colours=True)
 
 
 def test_palette_masks_are_read_as_indices(tmp_path):
     indexed = Image.fromarray(mask(0, 7, 200)).convert("P")
     indexed.putpalette([value for i in range(256) for value in (255 - i, 3, i)])
     indexed.save(tmp_path / "p.png")
-    np.testing.assert_array_equal(codec.read_mask_file(tmp_path / "p.png"), mask(0, 7, 200))
+    np.testing.assert_array_equal(read_mask(tmp_path / "p.png"), mask(0, 7, 200))
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg"])
@@ -238,30 +214,31 @@ def test_truncated_files_are_named(tmp_path, suffix):
     path = write(tmp_path / f"cut.{suffix}", np.resize(picture(), (200, 200, 3)))
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(DataError, match=f"cut.{suffix}: unreadable or truncated image"):
-        codec.read_image_file(path)
+        codec.check_image(path.read_bytes(), str(path))
     path.write_bytes(b"no image")
     with pytest.raises(DataError, match=f"cut.{suffix}: unreadable"):
-        codec.read_mask_file(path)
+        read_mask(path)
     with pytest.raises(DataError, match="record 3: 5 bytes that are not"):
         codec.decode_image(b"wrong", "record 3")
 
 
 def test_two_sizes_are_both_given(tmp_path):
     pytest.importorskip("tensorflow", reason="preparing records needs TensorFlow")
-    from duc_dlc_jax.data.builders.tfds_builder import make_example
+    from duc_dlc_jax.data.builders.examples import make_example
 
     image = write(tmp_path / "i.png", picture())
     label = write(tmp_path / "m.png", mask(0)[:, :-2])
     with pytest.raises(DataError, match=r"m.png: the mask is 14x12, its image 16x12"):
-        make_example(sources.Item("i", image, label), label_spec("camvid"))
+        make_example(sources.Item("i", files.File(image), files.File(label)), label_spec("camvid"))
 
 
 def test_exif_orientation_is_applied_everywhere(tmp_path):
     exif = Image.Exif()
     exif[274] = 6  # to be turned by 90 degrees
     path = write(tmp_path / "turned.jpg", picture(), exif=exif)
-    data, height, width = codec.read_image_file(path)
-    assert (height, width) == (W, H) == codec.decode_image(data, "turned").shape[:2]
+    kind, height, width = codec.check_image(path.read_bytes(), str(path))
+    assert kind == "jpeg"
+    assert (height, width) == (W, H) == codec.decode_image(path.read_bytes(), "turned").shape[:2]
 
 
 @pytest.mark.real_data
@@ -270,27 +247,30 @@ def test_real_camvid_is_listed_and_read():
     listed = items("camvid", pathlib.Path(SHARED) / "camvid")
     found = {split: list(found) for split, found in listed.items()}
     assert {split: len(rows) for split, rows in found.items()} == {"train": 367, "val": 101}
-    from duc_dlc_jax.data.builders.tfds_builder import make_example
+    from duc_dlc_jax.data.builders.examples import make_example
 
     for item in found["val"][::25]:
-        record, pixels = make_example(item, label_spec("camvid"))
-        assert (record["height"], record["width"]) == (360, 480)
-        assert pixels.sum() == 360 * 480
-        assert pixels[11:IGNORE].sum() == 0
-        label = codec.decode_label(record["label"], item.name)
-        np.testing.assert_array_equal(np.bincount(label.ravel(), minlength=256), pixels)
+        example = make_example(item, label_spec("camvid"))
+        assert (example.height, example.width) == (360, 480)
+        assert example.pixels.sum() == 360 * 480
+        assert example.pixels[11:IGNORE].sum() == 0
+        label = np.frombuffer(example.records[0]["label"], np.uint8)
+        np.testing.assert_array_equal(np.bincount(label, minlength=256), example.pixels)
 
 
 @pytest.mark.real_data
 @pytest.mark.skipif(not SHARED, reason="DUC_DLC_SHARED_DATA is not set: no real ADE20K")
 def test_real_ade20k_masks_follow_the_contract():
-    from duc_dlc_jax.data.builders.tfds_builder import make_example
+    from duc_dlc_jax.data.builders.examples import make_example
 
     folder = pathlib.Path(SHARED) / "ade20k_sample"
     for path in sorted((folder / "images").glob("*.jpg")):
         label = folder / "annotations" / f"{path.stem}.png"
-        record, pixels = make_example(sources.Item(path.stem, path, label), label_spec("ade20k"))
+        item = sources.Item(path.stem, files.File(path), files.File(label))
+        example = make_example(item, label_spec("ade20k"))
         raw = np.array(Image.open(label))
-        assert pixels[IGNORE] == (raw == 0).sum()
-        assert pixels[0] == (raw == 1).sum()
-        assert record["image"] == path.read_bytes()
+        assert example.pixels[IGNORE] == (raw == 0).sum()
+        assert example.pixels[0] == (raw == 1).sum()
+        assert example.records[0]["image"] == path.read_bytes()
+        for train, y, x in example.points:
+            assert raw[y, x] == train + 1

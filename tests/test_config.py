@@ -194,6 +194,7 @@ def test_json_of_an_older_version_takes_the_new_defaults():
 HANDED_ON = {
     "data": {
         ("data/pipeline.py", "data"),
+        ("data/records.py", "data"),
         ("data/transforms.py", "self"),
         ("data/transforms.py", "config"),
     },

@@ -10,6 +10,7 @@ from PIL import Image
 
 from duc_dlc_jax import evaluate, predict, sharding, workdirs
 from duc_dlc_jax.data import pipeline
+from duc_dlc_jax.data.records import open_records
 from duc_dlc_jax.train import train
 from runs import WITHOUT_TENSORFLOW, command, environment, run, saved_state, tiny_config
 
@@ -61,7 +62,7 @@ def test_workdir_holds_what_the_docs_say(trained):
 
 def test_every_pixel_is_counted_once(trained, scenes_dir):
     _, scores = trained
-    records = pipeline.open_records(tiny_config(scenes_dir).data, "val")
+    records = open_records(tiny_config(scenes_dir).data, "val")
     valid = sum((records[i]["label"] != 255).sum() for i in range(len(records)))
     assert scores["matrix"].sum() == valid
     assert scores["images"] == len(records) == 40
@@ -124,7 +125,7 @@ def test_a_loss_that_is_not_finite_stops_before_saving(scenes_dir, tmp_path, mon
 def test_evaluation_does_not_depend_on_the_batch(trained, scenes_dir):
     workdir, scores = trained
     run = workdirs.load(workdir)
-    records = pipeline.open_records(run.config.data, "val")
+    records = open_records(run.config.data, "val")
     for batch in (3, 1):
         again, _ = evaluate.Evaluator(run.model, run.spec, batch).run(
             run.variables, pipeline.eval_examples(records)

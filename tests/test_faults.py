@@ -1,6 +1,8 @@
 """Runs that are killed and started again."""
 
+import contextlib
 import json
+import pathlib
 import random
 import signal
 import subprocess
@@ -34,7 +36,10 @@ def kill_after(arguments, workdir, saves):
     """Starts a run and kills it with SIGKILL some time after its `saves`-th new checkpoint."""
     generator = random.Random(saves)
     process = subprocess.Popen(
-        arguments, env=environment(), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+        arguments,
+        env=environment(DUC_DLC_TEST_RUN=str(workdir)),
+        stderr=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
     )
     folder, seen = workdir / "checkpoints", set()
     before = {p.name for p in folder.glob("[0-9]*")}
@@ -47,13 +52,28 @@ def kill_after(arguments, workdir, saves):
     assert process.wait() == -signal.SIGKILL, "the run ended before it was killed"
 
 
+def processes_of(workdir) -> list[str]:
+    """The ids of the processes, workers included, that were started with this workdir."""
+    found = []
+    for entry in pathlib.Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if f"DUC_DLC_TEST_RUN={workdir}".encode() in (entry / "environ").read_bytes():
+                found.append(entry.name)
+    return found
+
+
 def test_killed_demo_equals_the_uninterrupted_demo(scenes_dir, tmp_path):
+    """Killed in the middle of epochs while worker processes hold batches ahead."""
     changes = {name.replace(".", "__"): value for name, value in DEMO.items()}
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     run(command(scenes_dir, straight, **changes))
-    arguments = command(scenes_dir, killed, **changes)
+    arguments = command(scenes_dir, killed, data__workers=2, **changes)
     for saves in (1, 2):
         kill_after(arguments, killed, saves)
+        deadline = time.monotonic() + 30
+        while processes_of(killed) and time.monotonic() < deadline:
+            time.sleep(0.5)
+        assert not processes_of(killed), "workers outlive their killed trainer"
     run(arguments)
 
     first, second = saved_state(straight, 40), saved_state(killed, 40)

@@ -51,12 +51,44 @@ def test_value_outside_the_contract_is_named_with_the_allowed_ones():
         spec.encode(np.array([[0, 151, 200]]))
 
 
-def test_lookup_ignores_what_is_not_listed():
-    table = label_spec("camvid").lookup()
-    assert table.dtype == np.uint8
-    assert table.shape == (256,)
-    assert (table[12:] == IGNORE).all()
-    assert table[10] == 10
+def test_colour_masks_of_camvid_give_the_same_classes():
+    spec = label_spec("camvid", "colours")
+    assert (spec.colours, len(spec.raw_to_train)) == (True, 32)
+    raw = np.array([[0x808080, 0xC00080, 0x8000C0, 0x000000]], np.int32)
+    assert spec.encode(raw).tolist() == [[0, 1, 3, IGNORE]]  # sky, archway, lane marking, void
+    for train, (r, g, b) in enumerate(spec.palette):
+        assert spec.raw_to_train[r << 16 | g << 8 | b] == train
+    assert LabelSpec.from_json(spec.to_json()) == spec
+    with pytest.raises(DataError, match=r"label values #010203 .*allowed: #000000, #000040"):
+        spec.encode(np.array([[0x010203]], np.int32))
+
+
+def test_masks_that_hold_train_ids_already():
+    spec = label_spec("cityscapes", "train_ids")
+    assert spec.encode(np.array([[0, 18, 255]], np.uint8)).tolist() == [[0, 18, IGNORE]]
+    with pytest.raises(DataError, match=r"label values 19 .*allowed: 0\.\.18, 255"):
+        spec.encode(np.array([[19]], np.uint8))
+    assert spec.submission_ids == label_spec("cityscapes").submission_ids
+
+
+@pytest.mark.parametrize(
+    ("name", "background"), [("pascal_context", IGNORE), ("pascal_context_60", 0)]
+)
+def test_the_459_categories_of_pascal_context_fold_into_the_classes(name, background):
+    spec = label_spec(name, "source_ids")
+    first = 0 if name == "pascal_context" else 1
+    raw = np.array([[2, 9, 458, 0, 1, 459]], np.uint16)
+    rest = [background] * 3
+    assert spec.encode(raw).tolist() == [[first, first + 1, first + 58, *rest]]
+    assert set(spec.raw_to_train) == set(range(460))
+
+
+def test_the_mapping_shows_where_every_raw_id_goes():
+    rows = label_spec("cityscapes").mapping()
+    assert rows[0] == (0, "road", "7")
+    assert rows[-1] == (IGNORE, "ignored", "0..6, 9..10, 14..16, 18, 29..30")
+    assert (5, "tree", "#808000, #c0c000") in label_spec("camvid", "colours").mapping()
+    assert len(label_spec("pascal_context_60").mapping()) == 60
 
 
 def test_colourise_uses_the_palette_and_paints_ignore_black():

@@ -265,6 +265,83 @@ def test_statistics_are_float32_under_bfloat16():
     np.testing.assert_allclose(var, 0.9 + 0.1 * exact.var((0, 1, 2)), rtol=1e-4)
 
 
+@pytest.mark.parametrize("size", [(480, 481), (33, 97), (50, 63), (20, 7)])
+@pytest.mark.parametrize("stride", [1, 2, 4, 8, 16, 32])
+def test_valid_cells_lie_on_valid_pixels(stride, size):
+    """Cell (i, j) of a grid of stride s lies on the pixel (s i, s j)."""
+    valid = np.array([size, (1, 1), (size[0] // 2, size[1]), (17, 5)], np.int32)
+    rows, columns = (np.arange(n)[None] < valid[:, axis, None] for axis, n in enumerate(size))
+    expected = (rows[:, :, None, None] & columns[:, None, :, None])[:, ::stride, ::stride]
+    cells = layers.valid_cells(jnp.asarray(valid), size, expected.shape[1:3])
+    np.testing.assert_array_equal(cells, expected)
+
+
+def padded(padding, valid=((13, 18), (24, 7))):
+    """Two images [2, 6, 8, 3] at 1/4 of 24 x 32 pixels, and the fields that mask their padding.
+
+    Of `valid` pixels are 4 x 5 and 6 x 2 cells valid; the others have the value `padding`.
+    """
+    x = np.random.default_rng(0).normal(2, 3, size=(2, 6, 8, 3))
+    x[0] += 5
+    for image, (height, width) in zip(x, valid, strict=True):
+        image[-(-height // 4) :] = padding
+        image[:, -(-width // 4) :] = padding
+    sizes = jnp.asarray(valid, jnp.int32)
+    masked = {"valid_cells": functools.partial(layers.valid_cells, sizes, (24, 32))}
+    return x, masked | {"dtype": x.dtype}
+
+
+@pytest.mark.parametrize("running_variance", ["biased", "unbiased"])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_masked_statistics_are_those_of_the_unpadded_images(groups, running_variance):
+    """The running ones are those of all valid cells, of which the groups have unequal numbers."""
+    with jax.enable_x64(True):
+        x, masked = padded(100.0)
+        fields = {"groups": groups, "running_variance": running_variance}
+        y, mean, var = batch_norm(jnp.asarray(x), **fields, **masked)
+    cells = [a.reshape(-1, 3) for a in (x[0, :4, :5], x[1, :6, :2])]
+    parts = cells if groups == 2 else [np.concatenate(cells)]
+    normal = np.concatenate([(p - p.mean(0)) / np.sqrt(p.var(0) + 1e-5) for p in parts])
+    expected = normal * np.linspace(0.5, 2, 3) + np.linspace(-1, 1, 3)
+    ours = np.concatenate([a.reshape(-1, 3) for a in (y[0, :4, :5], y[1, :6, :2])])
+    np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-12)
+    every = np.concatenate(cells)
+    np.testing.assert_allclose(mean, 0.1 * every.mean(0), rtol=0, atol=1e-12)
+    expected = every.var(0)
+    if running_variance == "unbiased":
+        expected += sum(len(p) / len(every) * p.var(0) / (len(p) - 1) for p in parts)
+    np.testing.assert_allclose(var, 0.9 + 0.1 * expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("padding", [-1e6, np.nan])
+def test_padded_values_do_not_reach_masked_statistics(padding, groups):
+    with jax.enable_x64(True):
+        results = []
+        for value in (0.0, padding):
+            x, masked = padded(value)
+            y, *running = batch_norm(jnp.asarray(x), groups=groups, **masked)
+            results.append([y[0, :4, :5], y[1, :6, :2], *running])
+        for one, other in zip(*results, strict=True):
+            np.testing.assert_array_equal(one, other)
+        if np.isfinite(padding):  # the padded cells are normalised too, by the same statistics
+            assert np.abs(y[0, 4:]).min() > 1e4
+
+
+@pytest.mark.parametrize("running_variance", ["biased", "unbiased"])
+def test_masked_groups_with_one_valid_cell_or_none_are_finite(running_variance):
+    with jax.enable_x64(True):
+        x, masked = padded(3.0, valid=((4, 3), (0, 32)))
+        x[1] += np.arange(6)[:, None, None]
+        x = jnp.asarray(x)
+        fields = {"groups": 2, "running_variance": running_variance}
+        y, mean, var = batch_norm(x, **fields, **masked)
+        plain, *_ = batch_norm(x, **fields, dtype=x.dtype)
+    np.testing.assert_allclose(y[0, 0, 0], np.linspace(-1, 1, 3), atol=1e-12)  # the bias
+    np.testing.assert_allclose(y[1], plain[1], rtol=0, atol=1e-12)  # counts all its cells
+    assert all(np.isfinite(value).all() for value in (y, mean, var))
+
+
 # Input
 
 

@@ -1,9 +1,8 @@
-"""The network against the numbers of docs/network.md."""
+"""The network's parts and their dtypes against docs/network.md; its numbers: test_model_numbers."""
 
 from __future__ import annotations
 
 import functools
-import math
 
 import flax.linen as nn
 import jax
@@ -11,157 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from duc_dlc_jax import config as config_lib
-from duc_dlc_jax import describe, optimizer, train_step
+from duc_dlc_jax import describe, optimizer, sharding, train_step
+from duc_dlc_jax.config import ConfigError
 from duc_dlc_jax.models import layers, segmenter
-from duc_dlc_jax.models.dlc import DLC
 from duc_dlc_jax.models.duc import DUC
 from duc_dlc_jax.models.resnet import ResNet
-from networks import IMAGE, jit, shapes_of
+from networks import IMAGE, jit, random_variables, shapes_of
 from runs import tiny_config
-
-# Parameters and multiply-adds
-
-BACKBONE = {50: 23_508_032, 101: 42_500_160, 152: 58_143_808, 269: 100_024_384}
-DEEP = {50: 23_631_808, 101: 42_623_936, 152: 58_267_584, 269: 100_148_160}
-WITH_FC = {50: 25_557_032, 101: 44_549_160, 152: 60_192_808, 269: 102_073_384}
-GMACS = {50: 18.77, 101: 35.81, 152: 52.86, 269: 91.96}
-WHOLE = {  # by depth: 150, 59 and 19 classes
-    50: (35_927_638, 35_834_363, 35_793_363),
-    101: (54_919_766, 54_826_491, 54_785_491),
-    152: (70_563_414, 70_470_139, 70_429_139),
-    269: (112_443_990, 112_350_715, 112_309_715),
-}
-DEPTHS = pytest.mark.parametrize("depth", list(BACKBONE))
-
-
-@functools.cache
-def network(classes=150, **changes):
-    c = config_lib.default()
-    c.model.update(changes)
-    return segmenter.create(c.model, classes)
-
-
-@functools.cache
-def parameters(classes=150, **changes):
-    return describe.parameters(network(classes, **changes))
-
-
-@functools.cache
-def gmacs(**changes):
-    """Part -> 1e9 multiply-adds at 480 x 480, to two decimals."""
-    counts = describe.macs(network(**changes), 480, 480)
-    return {part: round(count / 1e9, 2) for part, count in counts.items()}
-
-
-@DEPTHS
-def test_parameters_of_the_backbone(depth):
-    count = parameters(depth=depth)["backbone"]
-    assert count == BACKBONE[depth]
-    assert count + 2048 * 1000 + 1000 == WITH_FC[depth]
-
-
-@DEPTHS
-def test_parameters_of_the_whole_network(depth):
-    parts = parameters(depth=depth)
-    assert sum(parts.values()) == WHOLE[depth][0]
-    for classes, total in zip((59, 19), WHOLE[depth][1:], strict=True):
-        others = parameters(classes, depth=14)  # the heads do not know the depth
-        assert sum(others.values()) - others["backbone"] + parts["backbone"] == total
-
-
-@DEPTHS
-def test_parameters_of_the_deep_stem(depth):
-    """Traced at the smallest depth: the stem does not know the depth."""
-    more = parameters(depth=14, stem="deep")["backbone"] - parameters(depth=14)["backbone"]
-    assert parameters(depth=depth)["backbone"] + more == DEEP[depth]
-
-
-def test_parameters_of_duc():
-    assert parameters(depth=50)["duc"] == 10_788_224
-    duc = shapes_of(network(depth=14))["params"]["duc"]
-    groups = {
-        "g": (4_480, ["g_conv1", "g_bn", "g_conv2"]),
-        "stride-4": (295_936, ["guidance_conv", "guidance_bn"]),
-        "dilated": (9_438_208, ["low_conv", "low_bn"]),
-        "coefficients": (1_049_600, ["coefficients_low", "coefficients_guidance"]),
-    }
-    assert sorted(duc) == sorted(name for _, names in groups.values() for name in names)
-    for group, (expected, names) in groups.items():
-        leaves = jax.tree.leaves([duc[name] for name in names])
-        assert sum(math.prod(leaf.shape) for leaf in leaves) == expected, group
-
-
-def test_parameters_of_dlc_with_its_classifier():
-    parts = parameters(19, depth=14)
-    assert parts["dlc"] + parts["classifier"] == 1_497_107
-    dlc = shapes_of(network(depth=14))["params"]["dlc"]
-    convolutions = [v for name, v in dlc.items() if "conv" in name]
-    assert sum(math.prod(x.shape) for x in jax.tree.leaves(convolutions)) == 1_474_560
-    assert parts["dlc"] - 1_474_560 == 3_072
-    assert parts["classifier"] == 19_475
-
-
-def test_parameters_of_the_auxiliary_head():
-    parts = parameters(depth=14, aux_head=True)
-    assert sum(n for part, n in parts.items() if part.startswith("aux_")) == 2_398_358
-    assert {name: n for name, n in parts.items() if not name.startswith("aux_")} == parameters(
-        depth=14
-    )
-
-
-@DEPTHS
-def test_multiply_adds_of_the_backbone(depth):
-    assert gmacs(depth=depth)["backbone"] == GMACS[depth]
-
-
-@pytest.mark.parametrize(("output_stride", "expected"), [(16, 28.50), (8, 87.60)])
-def test_multiply_adds_of_the_backbone_at_finer_strides(output_stride, expected):
-    assert gmacs(depth=50, output_stride=output_stride)["backbone"] == expected
-
-
-def test_multiply_adds_of_the_heads():
-    heads = {"duc": 9.36, "dlc": 5.31, "classifier": 0.55}
-    assert gmacs(depth=50) == {"backbone": 18.77, **heads}
-    assert gmacs(depth=14, commute_coefficients=False)["duc"] == 11.13
-
-
-# Receptive field
-
-
-def measured_fields(rates) -> list[tuple[int, int]]:
-    """(height, width) of the input that each stage of DLC's cascade sees from one cell.
-
-    Weights, input and statistics are positive and BN is an affine map, so that every ReLU is
-    linear and no contribution cancels: the gradient is non-zero just where a cell is seen.
-    """
-    reach = sum(rates) + 2
-    model = DLC(
-        1, 1, rates, layers.Conv, functools.partial(layers.BatchNorm, use_running_average=True)
-    )
-    x = jnp.ones((1, 2 * reach + 1, 2 * reach + 1, 1))
-    variables = shapes_of(model, x)
-    variables = jax.tree.map(lambda leaf: jnp.ones(leaf.shape), variables)
-    stages = jit(jax.jacrev(lambda x: model.apply(variables, x)[0, reach, reach]))(x)[:, 0, :, :, 0]
-    fields = []
-    for seen in np.asarray(stages) > 0:
-        extent = [np.flatnonzero(seen.any(axis)) for axis in (1, 0)]
-        assert all(cells[0] + cells[-1] == 2 * reach for cells in extent)  # centred
-        fields.append(tuple(int(cells[-1] - cells[0]) + 1 for cells in extent))
-    return fields
-
-
-def test_receptive_field_formula():
-    assert [describe.receptive_field([rate])[0] for rate in (3, 6, 12, 18)] == [7, 13, 25, 37]
-    assert describe.receptive_field((3, 6, 12, 18)) == [7, 19, 43, 79]
-
-
-@pytest.mark.parametrize("rates", [(3, 6, 12, 18), (3, 6, 12, 17)])
-def test_receptive_field_measured(rates):
-    """Channels of DLC's output: the reduced input, which sees one cell, then each branch."""
-    expected = [1, *describe.receptive_field(rates)]
-    assert measured_fields(rates) == [(field, field) for field in expected]
-
 
 # Grids and dilations
 
@@ -325,26 +180,115 @@ def test_coefficients_are_one_convolution_of_the_concatenation(duc, grid):
 # Batch normalisation
 
 
-@pytest.mark.parametrize("frozen", [True, False])
-def test_frozen_field_reaches_every_batch_norm_in_training(frozen):
-    config = tiny_config("", model__bn_frozen=frozen, model__aux_head=True)
-    model = segmenter.create(config.model, 5)
+def batch_norms(train=True, valid=None, **changes) -> list[layers.BatchNorm]:
+    """The modules that a call of the tiny network applies."""
+    model = segmenter.create(tiny_config("", model__aux_head=True, **changes).model, 5)
     variables = {k: v for k, v in shapes_of(model).items() if k != "intermediates"}
     found = []
 
     def note(call, args, kwargs, context):
         if isinstance(context.module, layers.BatchNorm):
-            found.append(context.module.use_running_average)
+            found.append(context.module)
         return call(*args, **kwargs)
 
-    def apply(variables, images):
+    def apply(variables, images, valid):
         rngs = {"dropout": jax.random.key(0)}
-        return model.apply(variables, images, train=True, rngs=rngs, mutable=["batch_stats"])
+        return model.apply(variables, images, train, valid, rngs=rngs, mutable=["batch_stats"])
 
     with nn.intercept_methods(note):
-        jax.eval_shape(apply, variables, IMAGE)
+        jax.eval_shape(apply, variables, IMAGE, valid)
     assert len(found) > 20
-    assert set(found) == {frozen}
+    return found
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_frozen_field_reaches_every_batch_norm_in_training(frozen):
+    found = batch_norms(model__bn_frozen=frozen)
+    assert {norm.use_running_average for norm in found} == {frozen}
+
+
+VALID = jax.ShapeDtypeStruct((1, 2), jnp.int32)
+
+
+@pytest.mark.parametrize(
+    ("call", "masked"),
+    [
+        ({"valid": VALID, "model__bn_padding": "masked"}, True),
+        ({"valid": VALID, "model__bn_padding": "counted"}, False),
+        ({"model__bn_padding": "masked", "model__bn_frozen": True}, False),
+        ({"model__bn_padding": "masked", "train": False}, False),
+    ],
+    ids=["masked", "counted", "frozen", "inference"],
+)
+def test_masked_padding_reaches_every_batch_norm_that_takes_statistics(call, masked):
+    assert {norm.valid_cells is not None for norm in batch_norms(**call)} == {masked}
+
+
+def test_masked_padding_needs_the_valid_sizes():
+    config = tiny_config("", model__bn_padding="masked")
+    model, rule = segmenter.create(config.model, 5), optimizer.create(config.optimizer, 10)
+    state = train_step.create_state(model, rule, config)
+    step = train_step.make_train_step(model, rule, config)
+    step = sharding.jit_train_step(step, sharding.data_mesh(jax.devices()[:1]))
+    batch = {"image": IMAGE, "label": jax.ShapeDtypeStruct((1, 64, 64), jnp.uint8)}
+    with pytest.raises(ConfigError, match=r'bn_padding="masked" needs .* "valid", int32 \[B, 2\]'):
+        step.lower(state, batch)
+    step.lower(state, batch | {"valid": VALID})
+
+
+PART = np.array([[40, 25], [9, 64]], np.int32)  # pixels of the 64 x 64 of two crops
+
+
+@pytest.fixture(scope="module")
+def padded_steps():
+    """One float64 step from one state: before, and after it with the padding of `PART` or none."""
+    rng = np.random.default_rng(0)
+    batch = {
+        "image": rng.integers(0, 256, (2, 64, 64, 3), np.uint8),
+        "label": rng.integers(0, 5, (2, 64, 64)).astype(np.uint8),
+    }
+    sizes = {"all": np.full((2, 2), 64, np.int32), "part": PART}
+    with jax.enable_x64(True):
+        after = {}
+        for padding in ("counted", "masked"):
+            config = tiny_config("", model__dtype="float64", model__bn_padding=padding)
+            model, rule = segmenter.create(config.model, 5), optimizer.create(config.optimizer, 10)
+            before = train_step.create_state(model, rule, config, random_variables(model))
+            step = jit(train_step.make_train_step(model, rule, config))
+            for name, valid in sizes.items():
+                after[padding, name] = jax.device_get(step(before, batch | {"valid": valid}))
+        return batch, jax.device_get(before), after
+
+
+def test_masked_padding_without_any_is_the_counted_one(padded_steps):
+    """Loss, gradients, parameters and statistics of a step."""
+    *_, after = padded_steps
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12),
+        after["masked", "all"],
+        after["counted", "all"],
+    )
+    jax.tree.map(np.testing.assert_array_equal, after["counted", "all"], after["counted", "part"])
+
+
+def test_masked_padding_changes_all_statistics(padded_steps):
+    *_, after = padded_steps
+    state, metrics = after["masked", "part"]
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves((state, metrics)))
+    same = jax.tree.map(np.array_equal, state.batch_stats, after["masked", "all"][0].batch_stats)
+    assert not any(jax.tree.leaves(same)), same
+
+
+def test_masked_statistics_of_the_guidance_are_those_of_the_valid_pixels(padded_steps):
+    """Its 1x1 convolution is on the image: the unpadded crops give the expected mean."""
+    batch, before, after = padded_steps
+    with jax.enable_x64(True):
+        image = np.asarray(layers.normalize(jnp.asarray(batch["image"]), jnp.float64))
+    values = image @ before.params["duc"]["g_conv1"]["kernel"][0, 0]
+    valid = [v[:h, :w].reshape(-1, 8) for v, (h, w) in zip(values, PART, strict=True)]
+    expected = 0.9 * before.batch_stats["duc"]["g_bn"]["mean"] + 0.1 * np.concatenate(valid).mean(0)
+    ours = after["masked", "part"][0].batch_stats["duc"]["g_bn"]["mean"]
+    np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-12)
 
 
 def test_groups_follow_the_devices():

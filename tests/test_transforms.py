@@ -6,13 +6,28 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
+from PIL import Image
 
 from duc_dlc_jax import config as configuration
 from duc_dlc_jax.data import transforms
-from duc_dlc_jax.data.labels import IGNORE, DataError
+from duc_dlc_jax.data.labels import IGNORE
 from duc_dlc_jax.data.transforms import Augmentation, Geometry
 
 BASE = Augmentation(48, 40, 0.5, 2.0, "left_right", False, 0.0, 0.0)
+
+
+def reader(image, label):
+    """Random access to two arrays, as records give it."""
+
+    def read(box):
+        top, left, bottom, right = box
+        return image[top:bottom, left:right], label[top:bottom, left:right]
+
+    return read
+
+
+def cut(image, label, geometry, config):
+    return transforms.cut(reader(image, label), label.shape, geometry, config)
 
 
 def blocks(height=60, width=84, side=12, seed=0):
@@ -52,9 +67,14 @@ def test_a_label_painted_into_the_image_follows_it(change):
     image, label = blocks()
     for seed in range(12):
         rng = np.random.default_rng(seed)
-        crop, mask = transforms.train_transform(image, label, rng, augmentation)
+        crop, mask, valid = transforms.train_transform(
+            reader(image, label), label.shape, rng, augmentation
+        )
         assert crop.shape == (40, 40, 3)
         assert mask.shape == (40, 40)
+        if not change.get("rotate_degrees"):
+            assert (mask[: valid[0], : valid[1]] != IGNORE).all()
+            assert (mask == IGNORE).sum() == 40 * 40 - valid.prod()
         assert crop.dtype == mask.dtype == np.uint8
         assert disagreement(crop, mask) < 0.01
 
@@ -62,8 +82,8 @@ def test_a_label_painted_into_the_image_follows_it(change):
 def test_the_consistency_check_sees_an_unflipped_label():
     image, label = blocks()
     flipped = Geometry(60, 84, 0, 0, flipped=True)
-    crop, _ = transforms.cut(image, label, flipped, BASE)
-    _, mask = transforms.cut(image, label, dataclasses.replace(flipped, flipped=False), BASE)
+    crop, _ = cut(image, label, flipped, BASE)
+    _, mask = cut(image, label, dataclasses.replace(flipped, flipped=False), BASE)
     assert disagreement(crop, mask) > 0.2
 
 
@@ -122,10 +142,10 @@ def test_a_mask_shifted_by_one_pixel_is_seen():
     image, label = blocks(side=6)
     still = Geometry(60, 84, 5, 7)
     config = dataclasses.replace(BASE, flip="none")
-    crop, mask = transforms.cut(image, label, still, config)
+    crop, mask = cut(image, label, still, config)
     np.testing.assert_array_equal(read_back(crop), mask)
     shifted = np.roll(label, 1, axis=1)
-    _, mask = transforms.cut(image, shifted, still, config)
+    _, mask = cut(image, shifted, still, config)
     assert (read_back(crop) != mask).mean() > 0.05
 
 
@@ -140,10 +160,11 @@ def test_the_crop_equals_the_whole_image_computation(height, width, flip, antial
 
     source = image
     if antialias and height < 60:
-        source = transforms._shrink(image, height, width)
+        small = Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR)
+        source = np.asarray(small)
     full = Geometry(height, width, 0, 0)
     points = transforms.source_points(source.shape, full, (height, width), "none")
-    whole = transforms.sample_image(source, *points)
+    whole = transforms.sample_image(source, *points, np.True_)
     points = transforms.source_points(label.shape, full, (height, width), "none")
     mask = transforms.sample_label(label, *points)
     turn = {"left_right": np.s_[:, ::-1], "up_down": np.s_[::-1], "none": np.s_[:]}[flip]
@@ -152,8 +173,7 @@ def test_the_crop_equals_the_whole_image_computation(height, width, flip, antial
     mask = np.pad(mask[turn], ((0, rows), (0, columns)), constant_values=IGNORE)
 
     top, left = (whole.shape[0] - 40) // 2, (whole.shape[1] - 40) // 3
-    cut = Geometry(height, width, top, left, flipped=True)
-    crop, crop_label = transforms.cut(image, label, cut, config)
+    crop, crop_label = cut(image, label, Geometry(height, width, top, left, flipped=True), config)
     window = np.s_[top : top + 40, left : left + 40]
     assert np.abs(crop.astype(int) - whole[window]).max() <= 1
     assert (crop == whole[window]).mean() > 0.99
@@ -166,12 +186,14 @@ def test_the_image_agrees_with_opencvs_bilinear_resize(size):
     image = cv2.GaussianBlur(noise, (0, 0), 1.5)
     points = transforms.source_points(image.shape, Geometry(size[0], size[1], 0, 0), size, "none")
     expected = cv2.resize(image, size[::-1], interpolation=cv2.INTER_LINEAR)
-    assert np.abs(transforms.sample_image(image, *points).astype(int) - expected).max() <= 3
+    assert (
+        np.abs(transforms.sample_image(image, *points, np.True_).astype(int) - expected).max() <= 3
+    )
 
 
 def test_padding_is_black_and_ignored_and_lies_on_the_right_and_bottom():
     image, label = np.full((20, 30, 3), 200, np.uint8), np.zeros((20, 30), np.uint8)
-    crop, mask = transforms.cut(image, label, Geometry(20, 30, 0, 0, flipped=True), BASE)
+    crop, mask = cut(image, label, Geometry(20, 30, 0, 0, flipped=True), BASE)
     assert (mask[:20, :30] == 0).all()
     assert (crop[:20, :30] == 200).all()
     assert (mask[20:] == IGNORE).all()
@@ -183,10 +205,10 @@ def test_padding_is_black_and_ignored_and_lies_on_the_right_and_bottom():
 def test_rotation_turns_image_and_mask_and_ignores_the_corners():
     image, label = blocks(40, 40, 20)
     config = dataclasses.replace(BASE, flip="none")
-    crop, mask = transforms.cut(image, label, Geometry(40, 40, 0, 0, degrees=90.0), config)
+    crop, mask = cut(image, label, Geometry(40, 40, 0, 0, degrees=90.0), config)
     np.testing.assert_array_equal(read_back(crop), mask)
     assert not np.array_equal(mask, label)
-    _, mask = transforms.cut(image, label, Geometry(40, 40, 0, 0, degrees=10.0), config)
+    _, mask = cut(image, label, Geometry(40, 40, 0, 0, degrees=10.0), config)
     assert mask[0, 0] == mask[-1, -1] == IGNORE
 
 
@@ -198,9 +220,9 @@ def test_antialias_averages_fine_stripes_that_plain_sampling_aliases():
     spread = {}
     for antialias in (False, True):
         config = dataclasses.replace(BASE, crop_size=20, flip="none", antialias=antialias)
-        crop, _ = transforms.cut(image, label, Geometry(22, 22, 0, 0), config)
+        crop, _ = cut(image, label, Geometry(22, 22, 0, 0), config)
         spread[antialias] = crop[3:-3, 3:-3].std()
-        assert transforms.cut(image, label, shrink, config)[0].shape == (20, 20, 3)
+        assert cut(image, label, shrink, config)[0].shape == (20, 20, 3)
     assert spread[True] < 0.5 * spread[False]
 
 
@@ -233,7 +255,85 @@ def test_configuration_errors_name_the_field():
         dataclasses.replace(BASE, crop_size=0)
 
 
-def test_different_sizes_of_image_and_label_give_both():
+@pytest.mark.parametrize("change", [{}, {"antialias": True}, {"rotate_degrees": 10.0}])
+def test_only_the_part_that_the_crop_shows_is_read(change):
+    """The same crop from a source whose unread pixels are overwritten, and less is read."""
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (400, 600, 3)).astype(np.uint8)
+    label = rng.integers(0, 9, (400, 600)).astype(np.uint8)
+    config = dataclasses.replace(BASE, base_size=400, crop_size=100, **change)
+    shares = []
+    for seed in range(8):
+        boxes = []
+
+        def read(box, boxes=boxes):
+            boxes.append(box)
+            top, left, bottom, right = box
+            hidden, blank = np.full_like(image, 77), np.full_like(label, 200)
+            hidden[top:bottom, left:right] = image[top:bottom, left:right]
+            blank[top:bottom, left:right] = label[top:bottom, left:right]
+            return reader(hidden, blank)(box)
+
+        whole = transforms.train_transform(
+            reader(image, label), label.shape, np.random.default_rng(seed), config
+        )
+        part = transforms.train_transform(read, label.shape, np.random.default_rng(seed), config)
+        for a, b in zip(whole, part, strict=True):
+            np.testing.assert_array_equal(a, b)
+        assert (part[1] != 200).all()
+        (box,) = boxes
+        shares.append((box[2] - box[0]) * (box[3] - box[1]) / label.size)
+    assert np.mean(shares) < 0.4
+
+
+@pytest.mark.parametrize("flip", ["left_right", "up_down"])
+def test_a_focus_lies_in_the_crop(flip):
+    config = dataclasses.replace(BASE, flip=flip)
+    label = np.zeros((60, 84), np.uint8)
+    seen = set()
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        y, x = int(rng.integers(60)), int(rng.integers(84))
+        label[:] = 0
+        label[max(y - 1, 0) : y + 2, max(x - 1, 0) : x + 2] = 1  # survives shrinking by half
+        geometry = transforms.draw_geometry(rng, label.shape, config, focus=(y, x))
+        _, mask = cut(np.zeros((60, 84, 3), np.uint8), label, geometry, config)
+        assert (mask == 1).any()
+        seen.add((geometry.flipped, geometry.top > 0, geometry.left > 0))
+    assert len(seen) > 5
+
+
+def test_photometric_distortion_changes_colours_alone():
     image, label = blocks()
-    with pytest.raises(DataError, match=r"\(60, 84\) and label \(59, 84\)"):
-        transforms.train_transform(image, label[1:], np.random.default_rng(0), BASE)
+    config = dataclasses.replace(BASE, photometric_probability=1.0)
+    for seed in range(6):
+        crops = [
+            transforms.train_transform(
+                reader(image, label), label.shape, np.random.default_rng(seed), c
+            )
+            for c in (BASE, config)
+        ]
+        np.testing.assert_array_equal(crops[0][1], crops[1][1])
+        assert (crops[0][0] != crops[1][0]).any()
+        assert (crops[1][0][crops[1][1] == IGNORE] == 0).all()
+
+
+def test_each_photometric_change_does_what_it_says():
+    image = np.array([[[100, 100, 100], [200, 100, 50]]], np.uint8)
+    assert transforms.distort(image, transforms.Colour()).tolist() == image.tolist()
+    brighter = transforms.distort(image, transforms.Colour(brightness=20.0))
+    assert (brighter == image + 20).all()
+    contrast = transforms.distort(image, transforms.Colour(contrast=1.5))
+    assert contrast.tolist() == [[[150, 150, 150], [255, 150, 75]]]
+    grey = transforms.distort(image, transforms.Colour(saturation=0.0))
+    assert grey.tolist() == [[[100, 100, 100], [200, 200, 200]]]
+    turned = transforms.distort(image, transforms.Colour(hue=120.0))
+    assert turned[0, 0].tolist() == [100, 100, 100]
+    assert np.abs(turned[0, 1].astype(int) - [50, 200, 100]).max() <= 3
+
+
+def test_photometric_changes_come_with_their_probability():
+    drawn = [transforms.draw_colour(np.random.default_rng(s), 0.5) for s in range(300)]
+    for field in dataclasses.fields(transforms.Colour):
+        changed = [getattr(c, field.name) != field.default for c in drawn]
+        assert 110 < sum(changed) < 190

@@ -6,15 +6,19 @@ viewers' default); a mask is taken as it lies, and must have the size of the tur
 
 from __future__ import annotations
 
+import contextlib
 import io
+from collections.abc import Iterator
 
 import cv2
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from duc_dlc_jax.data.labels import DataError
 
+BAD_IMAGE, BAD_MASK, MODE = "unreadable image", "unreadable mask", "mode"  # kinds of DataError
 _PNG = b"\x89PNG\r\n\x1a\n"
+_ORIENTATION = 274  # the EXIF tag
 
 
 def decode_image(data: bytes, name: str) -> np.ndarray:
@@ -51,17 +55,22 @@ def check_image(data: bytes, name: str) -> tuple[str, int, int]:
       DataError: unreadable, truncated or 16-bit; names the file.
     """
     if data.startswith(_PNG) and data[24:25] == b"\x10":
-        raise DataError(f"{name}: a 16-bit PNG; images must have 8 bits a channel")
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            if image.format not in ("PNG", "JPEG"):
-                raise DataError(f"{name}: a {image.format} image; allowed: PNG, JPEG")
-            kind = image.format.lower()
-            image.load()
-            width, height = ImageOps.exif_transpose(image).size
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"{name}: unreadable or truncated image: {error}") from error
+        raise DataError(f"{name}: a 16-bit PNG; images must have 8 bits a channel", MODE)
+    with _opened(data, f"{name}: unreadable or truncated image", BAD_IMAGE) as image:
+        if image.format not in ("PNG", "JPEG"):
+            raise DataError(f"{name}: a {image.format} image; allowed: PNG, JPEG", MODE)
+        kind = image.format.lower()
+        image.load()
+        width, height = ImageOps.exif_transpose(image).size
     return kind, height, width
+
+
+def exif_orientation(data: bytes) -> int:
+    """Returns the EXIF orientation of a readable image file, 1 to 8; 1, upright, without one."""
+    if b"Exif" not in data and b"eXIf" not in data:
+        return 1
+    with Image.open(io.BytesIO(data)) as image:
+        return int(image.getexif().get(_ORIENTATION, 1))
 
 
 def read_mask(data: bytes, name: str, colours: bool = False) -> np.ndarray:
@@ -78,28 +87,41 @@ def read_mask(data: bytes, name: str, colours: bool = False) -> np.ndarray:
     """
     if name.endswith(".mat"):
         return _read_label_map(data, name)
-    try:
-        with Image.open(io.BytesIO(data)) as mask:
-            mask.load()
-            if colours:
-                return _colours(mask, name)
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"{name}: unreadable or truncated mask: {error}") from error
+    with _opened(data, f"{name}: unreadable or truncated mask", BAD_MASK) as mask:
+        mask.load()
+        if colours:
+            return _colours(mask, name)
     if mask.mode in ("I;16", "I;16B", "I"):
         return np.array(mask).astype(np.uint16)
     if mask.mode not in ("L", "P", "1"):
         raise DataError(
             f"{name}: a colour mask (mode {mask.mode}) where class ids are expected; "
-            "use the PNGs whose pixel values are ids (modes L and P)"
+            "use the PNGs whose pixel values are ids (modes L and P)",
+            MODE,
         )
     return np.array(mask).astype(np.uint8)
+
+
+@contextlib.contextmanager
+def _opened(data: bytes, what: str, kind: str) -> Iterator[Image.Image]:
+    """Yields an opened image file; Pillow's errors become DataErrors that begin with `what`."""
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            image.verify()  # the checksums of a PNG, which loading does not look at
+        with Image.open(io.BytesIO(data)) as image:
+            yield image
+    except UnidentifiedImageError as error:
+        reason = f"{len(data)} bytes in no known image format"
+        raise DataError(f"{what}: {reason}", kind) from error
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise DataError(f"{what}: {error}", kind) from error
 
 
 def _colours(mask: Image.Image, name: str) -> np.ndarray:
     if mask.mode == "RGBA" and np.array(mask)[..., 3].min() == 255:
         mask = mask.convert("RGB")
     if mask.mode not in ("RGB", "P"):
-        raise DataError(f"{name}: a mask of mode {mask.mode} where RGB colours are expected")
+        raise DataError(f"{name}: a mask of mode {mask.mode} where RGB colours are expected", MODE)
     rgb = np.array(mask.convert("RGB")).astype(np.int32)
     return rgb[..., 0] << 16 | rgb[..., 1] << 8 | rgb[..., 2]
 
@@ -110,7 +132,8 @@ def _read_label_map(data: bytes, name: str) -> np.ndarray:
     try:
         label = scipy.io.loadmat(io.BytesIO(data), variable_names=["LabelMap"])["LabelMap"]
     except Exception as error:  # scipy raises what it meets: KeyError, TypeError, zlib.error, ...
-        raise DataError(f"{name}: no readable array LabelMap: {error!r}") from error
+        raise DataError(f"{name}: no readable array LabelMap: {error!r}", BAD_MASK) from error
     if label.ndim != 2 or label.dtype.kind not in "iu" or label.min(initial=0) < 0:
-        raise DataError(f"{name}: LabelMap is {label.dtype} {label.shape}; ids [H, W] expected")
+        found = f"{label.dtype} {label.shape}"
+        raise DataError(f"{name}: LabelMap is {found}; ids [H, W] expected", MODE)
     return label.astype(np.uint16)

@@ -7,6 +7,7 @@ pictures, the raw id of a colour is the number 0xRRGGBB.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import difflib
 import functools
@@ -23,7 +24,15 @@ SOURCE_IDS = 459  # categories of PASCAL-Context's .mat files, from 1 on
 
 
 class DataError(ValueError):
-    """Data on disk that break their contract; the message names the file and the way out."""
+    """Data on disk that break their contract; the message names the file and the way out.
+
+    Attributes:
+      kind: groups like problems in a report: "size", "values", ...; "" where there is one only.
+    """
+
+    def __init__(self, message: str, kind: str = ""):
+        super().__init__(message)
+        self.kind = kind
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +87,8 @@ class LabelSpec:
         if outside := self.unknown(raw):
             raise DataError(
                 f"label values {self.written(outside)} are outside the contract of {self.name}; "
-                f"allowed: {self.written(self.raw_to_train)}"
+                f"allowed: {self.written(self.raw_to_train)}",
+                "values",
             )
         keys = np.array(sorted(self.raw_to_train))
         trains = np.array([self.raw_to_train[int(key)] for key in keys], np.uint8)
@@ -95,6 +105,14 @@ class LabelSpec:
         shown = [f"#{value:06x}" for value in sorted(raw_ids)]
         more = f" and {len(shown) - limit} more" if len(shown) > limit else ""
         return ", ".join(shown[:limit]) + more
+
+    def mapping(self) -> list[tuple[int, str, str]]:
+        """Returns (train id, class, raw ids that mean it) of each class and of what is ignored."""
+        raw_ids = collections.defaultdict(list)
+        for raw, train in self.raw_to_train.items():
+            raw_ids[train].append(raw)
+        names = dict(enumerate(self.classes)) | {IGNORE: "ignored"}
+        return [(k, names[k], self.written(raw_ids[k])) for k in sorted(raw_ids)]
 
     def colourise(self, ids: np.ndarray) -> np.ndarray:
         """Paints train ids, uint8 [H, W], as RGB uint8 [H, W, 3]; `IGNORE` is black."""

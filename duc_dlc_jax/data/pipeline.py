@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures
+import contextlib
 import functools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ import numpy as np
 from absl import flags, logging
 
 from duc_dlc_jax.config import ConfigError
+from duc_dlc_jax.data.in_flight import InFlight
 from duc_dlc_jax.data.labels import IGNORE
 from duc_dlc_jax.data.records import RecordError, Records
 from duc_dlc_jax.data.transforms import Augmentation, train_transform
@@ -53,22 +55,22 @@ class _Positions:
         if self._by_class and (drawn := self._by_class.draw(position)):
             record, focus = drawn
             keys = [self._seed, epoch, record, position]
-        image, label, bad = self._crop(record, np.random.default_rng(keys), focus)
-        return {
-            "image": image,
-            "label": label,
-            "record": np.array(record, np.int32),
-            "bad": np.array(bad),
-        }
+        return self._crop(record, np.random.default_rng(keys), focus)
 
-    def _crop(self, record: int, rng, focus) -> tuple[np.ndarray, np.ndarray, bool]:
+    def _crop(self, record: int, rng, focus) -> dict[str, np.ndarray]:
+        def row(image, label, valid, bad: bool) -> dict[str, np.ndarray]:
+            named = {"image": image, "label": label, "valid": valid}
+            return named | {"record": np.array(record, np.int32), "bad": np.array(bad)}
+
         def read(box):
             region = self._records.region(record, box)
             return region["image"], region["label"]
 
+        in_flight = self._records.in_flight
         try:
-            size = self._records.size(record)
-            return *train_transform(read, size, rng, self._augmentation, focus), False
+            with in_flight.reading(record) if in_flight else contextlib.nullcontext():
+                size = self._records.size(record)
+                return row(*train_transform(read, size, rng, self._augmentation, focus), bad=False)
         except Exception as error:
             if not isinstance(error, RecordError):
                 where = f"record {record} of {self._records.folder}, {self._records.split}"
@@ -77,13 +79,14 @@ class _Positions:
                 raise error from error.__cause__
             logging.warning("masked: %s", error)
         side = self._augmentation.crop_size
-        return np.zeros((side, side, 3), np.uint8), np.full((side, side), IGNORE, np.uint8), True
+        label = np.full((side, side), IGNORE, np.uint8)
+        return row(np.zeros((side, side, 3), np.uint8), label, np.full(2, side, np.int32), bad=True)
 
 
 class ClassUniform:
     """Draws a record and a pixel in it so that every class is as likely as any other.
 
-    Half of NVIDIA's recipe (Zhu et al., 2019): there half of an epoch is drawn this way.
+    After Zhu et al., 2019, who draw half of an epoch this way.
     """
 
     def __init__(self, points: np.ndarray, share: float, seed: int):
@@ -132,7 +135,8 @@ def train_iterator(
     also on another number of processes.
 
     Yields:
-      image uint8 [b, C, C, 3], label uint8 [b, C, C], record int32 [b], bad bool [b]; b = B / P.
+      image uint8 [b, C, C, 3], label uint8 [b, C, C], valid int32 [b, 2] (height and width of the
+      unpadded part), record int32 [b], bad bool [b]; b = B / P.
       A bad record (data.bad_records = "mask") is black and all ignored, in its own place.
 
     Raises:
@@ -171,6 +175,7 @@ def train_iterator(
         )
     )
     if data.workers:
+        records.in_flight = InFlight()
         if not flags.FLAGS.is_parsed():  # grain's workers read absl flags, parsed or not
             flags.FLAGS.mark_as_parsed()
         workers = grain.MultiprocessingOptions(
@@ -178,6 +183,20 @@ def train_iterator(
         )
         batches = batches.mp_prefetch(workers)
     return iter(batches)
+
+
+def with_record(error: Exception, records: Records) -> Exception:
+    """Returns an error of a training iterator, with the record in it that a dead worker had read.
+
+    A worker process that is killed, or crashes in a codec, cannot say so itself.
+    """
+    lost = records.in_flight.left_behind() if records.in_flight else []
+    if isinstance(error, RecordError) or not lost:
+        return error
+    named = ", ".join(f"{index} ({records.name(index)})" for index in lost)
+    return RecordError(
+        f"{error} It was reading record {named} of {records.folder}, {records.split}."
+    )
 
 
 def eval_examples(

@@ -64,7 +64,7 @@ def prepare(
       raw_dir: folder of the download or of its archives, or one archive; None for `scenes`.
       data_dir: folder that receives NAME/VERSION.
       strict: a missing split or a count that differs from the official one is an error.
-      encoding: of the stored pixels, see `tfds_builder.make_example`.
+      encoding: of the stored pixels, see `examples.make_example`.
 
     Returns:
       The folder of the records.
@@ -79,10 +79,7 @@ def prepare(
         print(f"{name} is already prepared in {folder}; delete that folder to prepare it again")
     else:
         with listed(name, raw_dir) as (listing, spec):
-            counts = {
-                split: len(items) if isinstance(items, list) else source.counts[split]
-                for split, items in listing.splits.items()
-            }
+            counts = images_of(source, listing)
             if strict:
                 _refuse(name, count_differences(source, counts))
             build(name, listing.splits, spec, data_dir, counts, encoding)
@@ -114,6 +111,14 @@ def prepare_folders(
         build(name, found.items(), found.spec, data_dir, found.counts, encoding)
     print("\n".join(table(summary(folder), read_spec(folder))))
     return folder
+
+
+def images_of(source: sources.Source, listing: Listing) -> dict[str, int]:
+    """Returns the number of images of each listed split."""
+    return {
+        split: len(items) if isinstance(items, list) else source.counts[split]
+        for split, items in listing.splits.items()
+    }
 
 
 def is_prepared(folder: pathlib.Path) -> bool:
@@ -181,19 +186,23 @@ def count_differences(source: sources.Source, found: dict[str, int]) -> list[str
 
 
 def table(rows: dict[str, dict], spec: LabelSpec) -> list[str]:
-    """Returns the lines of a table: per split images and ignored share, then pixels per class."""
-    lines = [f"{'split':<8}{'images':>8}{'labelled':>10}{'classes seen':>15}{'ignored':>10}"]
+    """Returns the lines of two tables: of the splits, and of the classes.
+
+    Per split: images, ignored share. Per class: pixels in each split, the raw ids that mean it.
+    """
+    lines = [f"{'split':<12}{'images':>8}{'labelled':>10}{'classes seen':>15}{'ignored':>10}"]
     for split, row in rows.items():
         total = max(sum(row["pixels"]), 1)
         seen = sum(count > 0 for count in row["pixels"][: spec.num_classes])
         lines.append(
-            f"{split:<8}{row['images']:>8}{row['labelled']:>10}"
+            f"{split:<12}{row['images']:>8}{row['labelled']:>10}"
             f"{f'{seen} of {spec.num_classes}':>15}{row['pixels'][IGNORE] / total:>10.2%}"
         )
-    lines += ["", f"{'id':>3}  {'class':<28}" + "".join(f"{f'{s} pixels':>16}" for s in rows)]
-    for k, label in enumerate(spec.classes):
-        pixels = "".join(f"{row['pixels'][k]:>16,}" for row in rows.values())
-        lines.append(f"{k:>3}  {label[:28]:<28}{pixels}")
+    heads = "".join(f"{f'{split} pixels':>20}" for split in rows)
+    lines += ["", f"{'id':>3}  {'class':<28}{heads}  raw ids"]
+    for train, label, raw_ids in spec.mapping():
+        pixels = "".join(f"{row['pixels'][train]:>20,}" for row in rows.values())
+        lines.append(f"{train:>3}  {label[:28]:<28}{pixels}  {raw_ids}")
     return lines
 
 

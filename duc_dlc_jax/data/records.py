@@ -14,7 +14,8 @@ import numpy as np
 
 from duc_dlc_jax.config import ConfigError
 from duc_dlc_jax.data import builders, codec
-from duc_dlc_jax.data.labels import IGNORE, LabelSpec, label_spec
+from duc_dlc_jax.data.in_flight import InFlight
+from duc_dlc_jax.data.labels import IGNORE, DataError, LabelSpec, label_spec
 
 Box = tuple[int, int, int, int]  # top, left, bottom, right of a part of an image, pixels
 
@@ -31,7 +32,10 @@ class Records:
     Attributes:
       spec: the label specification written beside the records.
       labelled: whether every image has labels.
+      in_flight: notes what is being read, where processes may die; see `InFlight`.
     """
+
+    in_flight: InFlight | None = None
 
     def __init__(self, folder: pathlib.Path, split: str, in_memory: bool = False):
         self.folder, self.split, self.in_memory = folder, split, in_memory
@@ -67,6 +71,11 @@ class Records:
         height, width = self.size(index)
         return self.region(index, (0, 0, height, width))
 
+    def name(self, index: int) -> str:
+        """Returns an example's name without decoding it."""
+        part, row = self._locate(index)
+        return part.tiles(row, (0, 0, 1, 1))[0]["name"].decode()
+
     def region(self, index: int, box: Box) -> dict[str, Any]:
         """Reads one part of an example; of a tiled image the tiles that the part touches.
 
@@ -90,6 +99,12 @@ class Records:
         cut = np.s_[top:bottom, left:right]
         return example | {"image": example["image"][cut], "label": example["label"][cut]}
 
+    def tiles(self, index: int) -> list[dict[str, Any]]:
+        """Returns the records that hold an example, as stored, in row order; see `decode_tile`."""
+        part, row = self._locate(index)
+        height, width = self.size(index)
+        return part.tiles(row, (0, 0, height, width))
+
     def class_points(self) -> np.ndarray:
         """Returns (record, train id, y, x) of some pixels of each class in each image; int32."""
         tables = [part.points.copy() for part in self._opened()]
@@ -103,7 +118,7 @@ class Records:
         image = label = None
         for tile in part.tiles(row, box):
             name, y, x = tile["name"].decode(), int(tile["top"]), int(tile["left"])
-            pixels, ids = _decode(tile, name)
+            pixels, ids = decode_tile(tile, name)
             height, width = ids.shape
             inside = np.s_[max(top - y, 0) : bottom - y, max(left - x, 0) : right - x]
             if y <= top and x <= left and y + height >= bottom and x + width >= right:
@@ -160,13 +175,15 @@ class _Part:
         return self._source.__getitems__(numbers)
 
 
-def _decode(tile: dict[str, Any], name: str) -> tuple[np.ndarray, np.ndarray]:
+def decode_tile(tile: dict[str, Any], name: str) -> tuple[np.ndarray, np.ndarray]:
     """Returns image uint8 [h, w, 3] and label uint8 [h, w] of a record."""
     height, width = int(tile["height"]), int(tile["width"])
     if tile["encoding"] == b"raw":
         image = np.frombuffer(tile["image"], np.uint8).reshape(height, width, 3)
     else:
         image = codec.decode_image(tile["image"], name)
+        if image.shape != (height, width, 3):
+            raise DataError(f"{name}: decoded to {image.shape}, not to {height}x{width}x3")
     if tile["label"]:
         label = np.frombuffer(tile["label"], np.uint8).reshape(height, width)
     else:

@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image
 
 from duc_dlc_jax.config import ConfigError
-from duc_dlc_jax.data.labels import IGNORE, DataError
+from duc_dlc_jax.data.labels import IGNORE
 
 FLIPS = ("left_right", "up_down", "none")
 
@@ -150,7 +150,7 @@ def train_transform(
     rng: np.random.Generator,
     config: Augmentation,
     focus: tuple[int, int] | None = None,
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Cuts a random training crop; equal generators give equal crops.
 
     Args:
@@ -162,18 +162,18 @@ def train_transform(
       focus: (y, x) of a pixel that the crop shall hold.
 
     Returns:
-      Image uint8 [C, C, 3], black where padded, and label uint8 [C, C], 255 where padded.
-
-    Raises:
-      DataError: image and label differ in size; gives both.
+      Image uint8 [C, C, 3], black where padded; label uint8 [C, C], 255 where padded; and height
+      and width of the unpadded part, int32 [2].
     """
-    return cut(read, shape, draw_geometry(rng, shape, config, focus), config)
+    geometry = draw_geometry(rng, shape, config, focus)
+    valid = np.minimum((geometry.height, geometry.width), config.crop_size).astype(np.int32)
+    return *cut(read, shape, geometry, config), valid
 
 
 def cut(
     read: Read, shape: tuple[int, int], geometry: Geometry, config: Augmentation
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Samples one crop; shapes as in `train_transform`."""
+    """Samples one crop; image and label as in `train_transform`."""
     flip = config.flip if geometry.flipped else "none"
     size = (config.crop_size, config.crop_size)
     x, y = source_points(shape, geometry, size, flip)
@@ -181,8 +181,6 @@ def cut(
     reach = 3 * shape[0] / geometry.height if shrink else 1  # of the filter, source pixels
     box = _bounds(x, y, shape, reach)
     image, label = read(box)
-    if image.shape[:2] != label.shape:
-        raise DataError(f"image {image.shape[:2]} and label {label.shape} (H, W) differ in size")
     inside = (x >= 0) & (x < shape[1]) & (y >= 0) & (y < shape[0])
     crop_label = sample_label(label, x - box[1], y - box[0])
     if shrink:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -152,6 +152,10 @@ class BatchNorm(nn.Module):
 
     `running_variance`: "biased" stores E[x^2] - E[x]^2 (Flax); "unbiased" stores n / (n - 1) of it
     (PyTorch), n being the values per channel of a group.
+
+    `valid_cells`: from the grid (h, w) to bool [B, h, w, 1], the cells that enter the statistics
+    (`valid_cells` below); n is their number, and the groups' shares in the running statistics are
+    proportional to it. All cells are normalised. A group without a valid cell counts all its cells.
     """
 
     momentum: float = 0.9  # running = momentum * running + (1 - momentum) * batch
@@ -159,6 +163,7 @@ class BatchNorm(nn.Module):
     groups: int = 1
     running_variance: str = "biased"
     use_running_average: bool = False
+    valid_cells: Callable[[Sequence[int]], jax.Array] | None = None
     dtype: Dtype = jnp.float32
 
     @nn.compact
@@ -176,22 +181,63 @@ class BatchNorm(nn.Module):
         groups = 1 if self.is_initializing() else self.groups
         grouped = x.reshape(groups, -1, *x.shape[1:])
         values = grouped.astype(wide)
-        mean = values.mean((1, 2, 3))  # [groups, channels]
-        var = jnp.maximum((values * values).mean((1, 2, 3)) - mean * mean, 0)
+        if self.valid_cells is None:
+            mean, var, batch_mean, batch_var = self._statistics(values)
+        else:
+            mask = self.valid_cells(x.shape[1:3]).reshape(*grouped.shape[:-1], 1)
+            mean, var, batch_mean, batch_var = self._masked_statistics(values, mask)
         if not self.is_initializing():
-            count = values[0].size // channels
-            stored = var * (count / (count - 1)) if self.running_variance == "unbiased" else var
-            batch_mean, batch_var = mean.mean(0), stored.mean(0) + mean.var(0)
             keep = self.momentum
             running_mean.value = keep * running_mean.value + (1 - keep) * batch_mean
             running_var.value = keep * running_var.value + (1 - keep) * batch_var
         return self._affine(grouped, mean, var, scale, bias).reshape(x.shape)
+
+    def _statistics(self, values):
+        """values [G, B / G, H, W, C] -> mean and variance of each group [G, C] and of all [C].
+
+        The variance of all is the one to store, biased or not.
+        """
+        mean = values.mean((1, 2, 3))
+        var = jnp.maximum((values * values).mean((1, 2, 3)) - mean * mean, 0)
+        count = values[0].size // values.shape[-1]
+        unbiased = self.running_variance == "unbiased"
+        stored = var * (count / max(count - 1, 1)) if unbiased else var
+        return mean, var, mean.mean(0), stored.mean(0) + mean.var(0)
+
+    def _masked_statistics(self, values, mask):
+        """As `_statistics`, of the cells where mask, bool [G, B / G, H, W, 1], holds."""
+        mask = mask | ~mask.any((1, 2, 3), keepdims=True)
+        count = mask.sum((1, 2, 3)).astype(values.dtype)  # [G, 1]
+        values = jnp.where(mask, values, 0)
+        mean = values.sum((1, 2, 3)) / count
+        var = jnp.maximum((values * values).sum((1, 2, 3)) / count - mean * mean, 0)
+        unbiased = self.running_variance == "unbiased"
+        stored = var * (count / jnp.maximum(count - 1, 1)) if unbiased else var
+        share = count / count.sum()
+        batch_mean = (share * mean).sum(0)
+        batch_var = (share * (stored + (mean - batch_mean[None]) ** 2)).sum(0)
+        return mean, var, batch_mean, batch_var
 
     def _affine(self, x, mean, var, scale, bias):
         """x: [groups, B / groups, H, W, C]; mean and var: [groups, C]; scale and bias: [C]."""
         factor = scale[None] * jax.lax.rsqrt(var + self.epsilon)
         shift = bias[None] - factor * mean
         return (x * factor[:, None, None, None] + shift[:, None, None, None]).astype(self.dtype)
+
+
+def valid_cells(valid: jax.Array, size: Sequence[int], grid: Sequence[int]) -> jax.Array:
+    """The cells of a grid that do not lie in the padding of their image: bool [B, *grid, 1].
+
+    valid: int32 [B, 2], height and width of the unpadded part at the top left of each image; size:
+    of the padded images (H, W); pixels. A grid of stride s, a power of 2, has ceil(size / s) cells,
+    cell i on pixel s * i.
+    """
+
+    def along(axis: int) -> jax.Array:  # bool [B, grid[axis]]
+        stride = 2 ** math.ceil(math.log2(size[axis] / grid[axis]))
+        return stride * np.arange(grid[axis])[None] < valid[:, axis, None]
+
+    return along(0)[:, :, None, None] & along(1)[:, None, :, None]
 
 
 def interpolation_matrix(size_in: int, size_out: int, grid: str, step: float) -> np.ndarray:

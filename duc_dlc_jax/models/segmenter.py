@@ -45,15 +45,31 @@ class Segmenter(nn.Module):
     bn_groups: int
     bn_frozen: bool
     bn_running_variance: str
+    bn_padding: str
 
     @nn.compact
-    def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
+    def __call__(
+        self, images: jax.Array, train: bool = False, valid: jax.Array | None = None
+    ) -> jax.Array:
         """images: uint8 RGB [B, H, W, 3] (or normalised floats) -> logits [B, H, W, classes].
 
         Logits are float32 (float64 for float64 compute). In training the auxiliary head's logits
         are sown as `aux_logits` in the collection `intermediates`; needs the random stream
         `dropout`.
+
+        valid: int32 [B, 2], height and width in pixels of the unpadded part of each image, which
+        lies at its top left. Read in training with `bn_padding="masked"` alone; raises ConfigError
+        where it is missing then.
         """
+        valid_cells = None
+        if self.bn_padding == "masked" and train and not self.bn_frozen:
+            if valid is None:
+                raise ConfigError(
+                    'model.bn_padding="masked" needs batches with an entry "valid", int32 [B, 2]: '
+                    "height and width of the unpadded part of each crop; this batch has none. "
+                    'model.bn_padding="counted" does without'
+                )
+            valid_cells = partial(layers.valid_cells, valid, images.shape[1:3])
         conv = partial(layers.Conv, dtype=self.dtype)
         norm = partial(
             layers.BatchNorm,
@@ -62,6 +78,7 @@ class Segmenter(nn.Module):
             groups=self.bn_groups,
             running_variance=self.bn_running_variance,
             use_running_average=self.bn_frozen or not train,
+            valid_cells=valid_cells,
             dtype=self.dtype,
         )
         image = layers.normalize(images, self.dtype)

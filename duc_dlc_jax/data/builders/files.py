@@ -42,7 +42,8 @@ class File:
         try:
             return _zip(self.path).read(self.member)
         except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
-            raise DataError(f"{self}: damaged archive ({error}); download it again") from error
+            message = f"{self}: damaged archive ({error}); download it again"
+            raise DataError(message, "archive") from error
 
 
 Files = dict[str, File]  # by path below the folder of the download, "/" between the names
