@@ -106,6 +106,7 @@ def make(
       FileNotFoundError: no such file of weights.
     """
     draft = _Draft(given)
+    segmenter.enable_dtype(draft.config.model)
     draft.put("data.name", found.spec.name, "the name of these folders")
     _network(draft, machine)
     _crop(draft, found, machine)
