@@ -26,7 +26,8 @@ from ml_collections import config_flags
 from duc_dlc_jax import cli, describe, predict, protocols, sharding
 from duc_dlc_jax import config as config_lib
 from duc_dlc_jax import optimizer as optimizers
-from duc_dlc_jax.data.labels import IGNORE, label_spec
+from duc_dlc_jax.data.labels import IGNORE
+from duc_dlc_jax.data.records import find_spec
 from duc_dlc_jax.inference import Labeller
 from duc_dlc_jax.models import segmenter
 from duc_dlc_jax.train_step import create_state, init_variables, make_train_step
@@ -54,7 +55,7 @@ def benchmark(config: ml_collections.ConfigDict, steps: int = 5) -> dict[str, An
     mesh = sharding.data_mesh()
     batch, size = config.train.batch_size, config.data.crop_size
     sharding.check_batch(batch, mesh.size)
-    classes = label_spec(config.data.name).num_classes
+    classes = find_spec(config.data).num_classes
     model = segmenter.create(config.model, classes, mesh.size)
     flops = 2 * sum(describe.macs(model, size, size).values())  # of one image, forward
 
@@ -62,15 +63,11 @@ def benchmark(config: ml_collections.ConfigDict, steps: int = 5) -> dict[str, An
         named = {"batch_size": images, "seconds": seconds, "images_per_second": images / seconds}
         return named | {"flop_per_second": flops * images / seconds}
 
-    rng = np.random.default_rng(0)
-    images = rng.integers(0, 256, (batch, size, size, 3)).astype(np.uint8)
-    labels = rng.integers(0, classes, images.shape[:3]).astype(np.uint8)
+    data = random_batch(config, classes)
     variables = init_variables(model, config.seed)
     label = predict.make_predictor(model, variables)
-    inference = rates(median_seconds(lambda: label(images[0]), steps), 1, flops)
-    valid = np.full((batch, 2), size, np.int32)
-    data = {"image": images, "label": labels, "valid": valid}
-    seconds, peak = _train_step(config, model, mesh, variables, data, steps)
+    inference = rates(median_seconds(lambda: label(data["image"][0]), steps), 1, flops)
+    seconds, peak = time_train_step(config, model, mesh, variables, data, steps)
     return {
         "device": mesh.devices.flat[0].device_kind,
         "devices": mesh.size,
@@ -81,9 +78,20 @@ def benchmark(config: ml_collections.ConfigDict, steps: int = 5) -> dict[str, An
     }
 
 
-def _train_step(config, model, mesh, variables, data, steps: int) -> tuple[float, int]:
-    """Seconds of a training step, and the bytes per device that it needs as compiled."""
-    optimizer = optimizers.create(config.optimizer, steps + WARM_UP)
+def random_batch(config: ml_collections.ConfigDict, classes: int) -> dict[str, np.ndarray]:
+    """A training batch of the configuration's sizes with random pixels, see `make_train_step`."""
+    rng, size, batch = np.random.default_rng(0), config.data.crop_size, config.train.batch_size
+    image = rng.integers(0, 256, (batch, size, size, 3)).astype(np.uint8)
+    label = rng.integers(0, classes, image.shape[:3]).astype(np.uint8)
+    return {"image": image, "label": label, "valid": np.full((batch, 2), size, np.int32)}
+
+
+def time_train_step(config, model, mesh, variables, data, steps: int) -> tuple[float, int]:
+    """Median seconds of `steps` training steps, and the bytes per device of one as compiled.
+
+    With train.steps set it is the program that training runs: a compilation cache keeps it.
+    """
+    optimizer = optimizers.create(config.optimizer, config.train.steps or steps + WARM_UP)
     state = jax.device_put(
         create_state(model, optimizer, config, variables), sharding.replicated(mesh)
     )
@@ -110,7 +118,7 @@ def evaluation(config: ml_collections.ConfigDict, size: tuple[int, int], steps: 
     config_lib.validate(config)
     protocol = protocols.Protocol.from_config(config)
     mesh = sharding.data_mesh(jax.local_devices()[:1])
-    model = segmenter.create(config.model, label_spec(config.data.name).num_classes)
+    model = segmenter.create(config.model, find_spec(config.data).num_classes)
     variables = jax.device_put(init_variables(model, config.seed), sharding.replicated(mesh))
     labeller, padded = Labeller(model, protocol, mesh), protocol.padded_size(size)
     images = np.random.default_rng(0).integers(0, 256, (1, *padded, 3), np.uint8)

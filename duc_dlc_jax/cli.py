@@ -11,6 +11,7 @@ from typing import NoReturn
 
 import jax
 from absl import app, flags, logging
+from ml_collections import config_flags
 
 from duc_dlc_jax import config as config_lib
 from duc_dlc_jax.data.labels import DataError
@@ -53,13 +54,33 @@ def _parse(argv: list[str]) -> list[str]:
                     argv[i] = f"--config={config_lib.find(value)}"
                 elif i + 1 < len(argv):
                     argv[i + 1] = config_lib.find(argv[i + 1])
-            elif word.startswith("-") and name.startswith("config."):
-                config_lib.check_field_name(name.removeprefix("config."))
+            else:
+                _check_field(word)
         return flags.FLAGS(argv)
     except flags.Error as error:
         fail(error)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         fail(config_lib.ConfigError(str(error).strip('"')))
+
+
+def _check_field(word: str) -> None:
+    """Raises ConfigError where a word of the command line sets a field that does not exist."""
+    name = word.lstrip("-").partition("=")[0]
+    if word.startswith("-") and name.startswith("config."):
+        config_lib.check_field_name(name.removeprefix("config."))
+
+
+def define_fields(help_text: str) -> None:
+    """Defines `--config.a.b=VALUE` for a command that reads no configuration file.
+
+    ml_collections parses the fields as soon as they are defined: wrong names end here.
+    """
+    try:
+        for word in sys.argv[1:]:
+            _check_field(word)
+    except config_lib.ConfigError as error:
+        fail(error)
+    config_flags.DEFINE_config_dict("config", config_lib.default(), help_text)
 
 
 def use_compilation_cache(workdir: Path) -> None:

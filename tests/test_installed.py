@@ -6,13 +6,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
-from runs import command, environment, run
+from duc_dlc_jax.data.builders import scenes
+from duc_dlc_jax.data.labels import label_spec, voc_colour
+from runs import TINY, command, environment, run
 
 pytestmark = pytest.mark.installed
 ROOT = Path(__file__).parent.parent
+ADE20K = Path(os.environ.get("DUC_DLC_SHARED_DATA", ""), "ade20k_sample")
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +50,78 @@ def test_every_command_works_in_an_empty_folder(site, scenes_dir, tmp_path, monk
     assert Image.open("out/ids/black.png").size == (64, 48)
     figures = json.loads(module("describe", "--config=configs/ade20k.py", "--json"))
     assert sum(figures["parameters"].values()) == 35_927_638
+
+
+def write_folders(root: Path, colours: bool) -> None:
+    """Parts of ADE20K's images, and drawn scenes under its classes, as two folders; odd sizes.
+
+    Masks are RGB pictures, or palette PNGs of ADE20K's ids; one photo is cut off.
+    """
+    spec = label_spec("ade20k")
+    table = np.array([voc_colour(k) for k in range(256)], np.uint8)  # by raw id; ignored is black
+    drawn = ("sky", "building", "road", "sidewalk", "tree", "car", "pole", "signboard")
+    ids = np.zeros(256, np.uint8)
+    ids[: len(drawn)] = [spec.classes.index(name) + 1 for name in drawn]
+    pairs = {"train/scene_0": scenes.draw("train", 0), "val/scene": scenes.draw("val", 0)}
+    pairs = {name: (image, ids[label]) for name, (image, label) in pairs.items()}
+    for i, path in enumerate(sorted(ADE20K.glob("images/*.jpg"))):
+        label = Image.open(ADE20K / "annotations" / f"{path.stem}.png")
+        pairs[f"train/{path.stem}"] = np.array(Image.open(path)), np.array(label)
+        pairs[f"{'val' if i == 0 else 'train'}/part_{i}"] = pairs[f"train/{path.stem}"]
+    for i, (name, (image, label)) in enumerate(pairs.items()):
+        height, width = (97, 131) if name.startswith("val") else (90 + 7 * i, 141 - 3 * i)
+        photo = Image.fromarray(image[-height:, :width])
+        mask = Image.fromarray(
+            table[label[-height:, :width]] if colours else label[-height:, :width]
+        )
+        if not colours:
+            mask.putpalette(table.tobytes())
+        for kind, picture, suffix in (("images", photo, ".jpg"), ("labels", mask, "_mask.png")):
+            path = root / kind / f"{name}{suffix}"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            picture.save(path)
+    broken = root / "images" / "train" / "scene_0.jpg"
+    broken.write_bytes(broken.read_bytes()[:1000])
+    entries = [
+        {"name": name, **({"color": [int(v) for v in table[k]]} if colours else {"id": k})}
+        for k, name in enumerate(("void", *spec.classes))
+    ]
+    (root / "classes.json").write_text(json.dumps(entries))
+
+
+@pytest.mark.skipif(not ADE20K.is_dir(), reason="DUC_DLC_SHARED_DATA has no ade20k_sample")
+@pytest.mark.parametrize("masks", ["colours", "palette"])
+def test_two_folders_in_an_empty_folder(site, tmp_path, monkeypatch, masks):
+    monkeypatch.chdir(tmp_path)
+    write_folders(tmp_path, masks == "colours")
+    fields = [f"--config.{name}={value}" for name, value in TINY.items() if name != "data.name"]
+    fit = [sys.executable, "-m", "duc_dlc_jax.fit", "--images=images", "--labels=labels"]
+    fit += ["--workdir=run", *fields]
+    env = {"PYTHONPATH": str(site)}
+    refused = run(fit, check=False, **env)
+    assert refused.returncode == 2
+    assert "scene_0.jpg: unreadable or truncated" in refused.stderr
+    assert "--skip_bad" in refused.stderr
+    assert not Path("run").exists()
+    printed = run([*fit, "--skip_bad"], **env).stdout
+    for words in (
+        "Left out  1",
+        "5 train, 2 val: the folders",
+        "2 images; single scale",
+        "predict ",
+    ):
+        assert words in printed, printed
+    spec = label_spec("ade20k")
+    labels = json.loads(Path("run/labels.json").read_text())
+    assert labels["classes"] == list(spec.classes)
+    road = spec.classes.index("road")
+    assert labels["palette"][road] == list(voc_colour(road + 1))
+    scores = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
+    assert np.isfinite(scores[-1]["val/mIoU"])
+    predict = ["--model=run", "--input=images/val", "--output=out"]
+    run([sys.executable, "-m", "duc_dlc_jax.predict", *predict], **env)
+    with Image.open("out/ids/scene.png") as ids:
+        assert ids.size == (131, 97)
 
 
 @pytest.mark.skipif(

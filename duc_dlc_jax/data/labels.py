@@ -158,7 +158,10 @@ def label_spec(name: str, masks: str = "ids") -> LabelSpec:
     if name not in valid:
         near = difflib.get_close_matches(name, valid, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ConfigError(f"unknown data set {name!r}: {hint}valid names: {', '.join(valid)}")
+        raise ConfigError(
+            f"unknown data set {name!r}: {hint}valid names: {', '.join(valid)}, or that of folders "
+            "of your own that are prepared"
+        )
     entry = table["pascal_context_60" if name == "pascal_context" else name]
     palette = entry.get("palette") or [voc_colour(i) for i in entry["raw_ids"]]
     first = 1 if name == "pascal_context" else 0  # 59 classes: without the background, raw id 0
@@ -182,6 +185,11 @@ def label_spec(name: str, masks: str = "ids") -> LabelSpec:
         submission_ids=tuple(entry["submission_ids"][first:]),
         colours=masks == "colours",
     )
+
+
+def is_known(name: str) -> bool:
+    """Whether `label_spec` has a specification of this name."""
+    return name in _table() or name == "pascal_context"
 
 
 def voc_colour(index: int) -> tuple[int, int, int]:

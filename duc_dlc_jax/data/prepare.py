@@ -1,5 +1,6 @@
 """Turns a download into records: python -m duc_dlc_jax.data.prepare --dataset=camvid \
---raw_dir=FOLDER --data_dir=data [--encoding=auto] [--strict]
+--raw_dir=FOLDER --data_dir=data [--encoding=auto] [--strict]; or two folders of one's own:
+--dataset=NAME --images=DIR --labels=DIR [--classes=FILE]
 
 FOLDER may hold the unpacked files or the official archives as downloaded. Every mask is read and
 checked against the label contract. The records, the label specification and the pixel counts
@@ -19,10 +20,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from absl import app, flags, logging
 
 from duc_dlc_jax import cli
-from duc_dlc_jax.data import builders
+from duc_dlc_jax.data import builders, folders
 from duc_dlc_jax.data.builders import files, sources
 from duc_dlc_jax.data.builders.sources import Item, Listing
 from duc_dlc_jax.data.labels import IGNORE, DataError, LabelSpec, label_spec
+from duc_dlc_jax.data.records import read_spec
 
 
 @contextlib.contextmanager
@@ -90,6 +92,27 @@ def prepare(
     return folder
 
 
+def prepare_folders(
+    found: folders.Inspection, data_dir: str | pathlib.Path, encoding: str = "auto"
+) -> pathlib.Path:
+    """Prepares what `folders.inspect` found, unless it is prepared already; prints the table.
+
+    Returns:
+      The folder of the records.
+
+    Raises:
+      DataError: a file became unusable since it was inspected; names it.
+    """
+    name = found.spec.name
+    folder = builders.prepared_dir(data_dir, name)
+    if is_prepared(folder):
+        print(f"{name} is already prepared in {folder}; delete that folder to prepare it again")
+    else:
+        build(name, found.items(), found.spec, data_dir, found.counts, encoding)
+    print("\n".join(table(summary(folder), read_spec(folder))))
+    return folder
+
+
 def images_of(source: sources.Source, listing: Listing) -> dict[str, int]:
     """Returns the number of images of each listed split."""
     return {
@@ -105,11 +128,6 @@ def is_prepared(folder: pathlib.Path) -> bool:
 def summary(folder: pathlib.Path) -> dict[str, dict]:
     """Returns images, labelled images and pixels per train id of each prepared split."""
     return json.loads((folder / builders.SUMMARY_FILE).read_text())
-
-
-def read_spec(folder: pathlib.Path) -> LabelSpec:
-    """Returns the label contract that a prepared data set was built with."""
-    return LabelSpec.from_json((folder / builders.SPEC_FILE).read_text())
 
 
 def build(
@@ -198,12 +216,22 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unexpected arguments {argv[1:]}; see --help")
     logging.set_verbosity(logging.WARNING)  # TFDS logs each of its steps
     args = flags.FLAGS
+    if args.images or args.labels:
+        if not (args.images and args.labels) or args.raw_dir:
+            raise app.UsageError("--images and --labels belong together, without --raw_dir")
+        found = folders.inspect(args.images, args.labels, args.classes, name=args.dataset)
+        print("\n".join([*found.lines(), ""]))
+        prepare_folders(found, args.data_dir, args.encoding)
+        return
     prepare(args.dataset, args.raw_dir, args.data_dir, args.strict, args.encoding)
 
 
 if __name__ == "__main__":
     flags.DEFINE_string("dataset", None, "camvid, cityscapes, ade20k, ...", required=True)
     flags.DEFINE_string("raw_dir", None, "Folder of the download; scenes needs none.")
+    flags.DEFINE_string("images", None, "Folder of your own images; --dataset is its name.")
+    flags.DEFINE_string("labels", None, "Folder of their masks.")
+    flags.DEFINE_string("classes", None, "JSON file that names their classes.")
     flags.DEFINE_enum("encoding", "auto", ["auto", "raw", "png", "jpeg"], "Of the stored pixels.")
     flags.DEFINE_string("data_dir", "data", "Folder that receives the records.")
     flags.DEFINE_bool("strict", False, "Fail on a missing split or an unofficial count.")

@@ -15,7 +15,7 @@ import numpy as np
 from duc_dlc_jax.config import ConfigError
 from duc_dlc_jax.data import builders, codec
 from duc_dlc_jax.data.in_flight import InFlight
-from duc_dlc_jax.data.labels import IGNORE, DataError, LabelSpec
+from duc_dlc_jax.data.labels import IGNORE, DataError, LabelSpec, label_spec
 
 Box = tuple[int, int, int, int]  # top, left, bottom, right of a part of an image, pixels
 
@@ -39,7 +39,7 @@ class Records:
 
     def __init__(self, folder: pathlib.Path, split: str, in_memory: bool = False):
         self.folder, self.split, self.in_memory = folder, split, in_memory
-        self.spec = LabelSpec.from_json((folder / builders.SPEC_FILE).read_text())
+        self.spec = read_spec(folder)
         summary = json.loads((folder / builders.SUMMARY_FILE).read_text())
         rows = [summary[part] for part in split.split("+")]
         self.labelled = all(row["labelled"] == row["images"] for row in rows)
@@ -189,6 +189,20 @@ def decode_tile(tile: dict[str, Any], name: str) -> tuple[np.ndarray, np.ndarray
     else:
         label = np.full((height, width), IGNORE, np.uint8)
     return image, label
+
+
+def read_spec(folder: pathlib.Path) -> LabelSpec:
+    """Returns the label contract that a prepared data set was built with."""
+    return LabelSpec.from_json((folder / builders.SPEC_FILE).read_text())
+
+
+def find_spec(data: Any) -> LabelSpec:
+    """Returns the label contract of `config.data`: of its prepared records, or of a known name.
+
+    Raises ConfigError where nothing is prepared and the name is not known.
+    """
+    folder = builders.prepared_dir(data.dir, data.name)
+    return read_spec(folder) if (folder / builders.SPEC_FILE).is_file() else label_spec(data.name)
 
 
 def open_records(data: Any, split: str) -> Records:

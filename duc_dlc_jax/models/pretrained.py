@@ -238,12 +238,24 @@ def _report(path, source, prefix, tensors, wanted) -> Report:
     )
 
 
-def _missing_message(report: Report, tensors, model: ml_collections.ConfigDict) -> str:
+def find_depth(path: str | Path) -> int | None:
+    """The `config.model.depth` that a file's weights belong to; None where none fits.
+
+    Raises as `read_tensors` does.
+    """
+    return _blocks_and_depth(_strip_prefix(read_tensors(path))[0])[1]
+
+
+def _blocks_and_depth(tensors) -> tuple[tuple[int, ...], int | None]:
     blocks = tuple(
         len({name.split(".")[1] for name in tensors if name.startswith(f"layer{stage}.")})
         for stage in (1, 2, 3, 4)
     )
-    depth = next((depth for depth, stages in BLOCKS.items() if stages == blocks), None)
+    return blocks, next((depth for depth, stages in BLOCKS.items() if stages == blocks), None)
+
+
+def _missing_message(report: Report, tensors, model: ml_collections.ConfigDict) -> str:
+    blocks, depth = _blocks_and_depth(tensors)
     message = (
         f"{report.path}: {len(report.missing)} backbone tensors are missing: "
         f"{_listed(report.missing)}. The file has {blocks} blocks in layer1..layer4, "

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pathlib
 
+from duc_dlc_jax.data.labels import is_known
+
 VERSION = "2.0.0"  # of the schema; a change of it asks for a new preparation
 SPEC_FILE = "label_spec.json"  # the LabelSpec, beside the records
 SUMMARY_FILE = "summary.json"  # per split: images, labelled or not, pixels per train id
@@ -23,5 +25,6 @@ def index_file(split: str) -> str:
 
 def prepare_command(name: str, data_dir: str | pathlib.Path) -> str:
     """Returns the shell command that fills `prepared_dir`."""
-    raw = "" if name == "scenes" else " --raw_dir=FOLDER_OF_THE_DOWNLOAD"
+    raw = " --raw_dir=FOLDER_OF_THE_DOWNLOAD" if is_known(name) else " --images=DIR --labels=DIR"
+    raw = "" if name == "scenes" else raw
     return f"python -m duc_dlc_jax.data.prepare --dataset={name}{raw} --data_dir={data_dir}"

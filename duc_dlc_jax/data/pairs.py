@@ -1,0 +1,143 @@
+"""Which image below one folder belongs to which mask below another."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import pathlib
+import re
+from collections.abc import Iterable
+
+from duc_dlc_jax.data.labels import DataError
+
+IMAGES = (".png", ".jpg", ".jpeg")
+MASK_ENDING = re.compile(
+    r"[_-](masks?|labels?|labelids|labeltrainids|gt|seg|segmentation|annotation)$", re.IGNORECASE
+)
+SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
+SPLITS |= dict.fromkeys(("val", "valid", "validation"), "val")
+Files = dict[str, pathlib.Path]  # by path below the folder, without suffix, "/" between the names
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """An image and its mask (None: without labels), and the path they share without suffix."""
+
+    name: str
+    image: pathlib.Path
+    mask: pathlib.Path | None
+
+    @property
+    def split(self) -> str:
+        """The split that the first folder of the name says: train, val, test or ""."""
+        return folder_split(self.name)
+
+
+def folder_split(name: str) -> str:
+    first, slash, _ = name.partition("/")
+    return SPLITS.get(first.lower(), "") if slash else ""
+
+
+def find_pairs(images_dir: pathlib.Path, labels_dir: pathlib.Path) -> tuple[list[Pair], list[str]]:
+    """Pairs images and masks of one path, but for suffix and `MASK_ENDING`, in name order.
+
+    Images of a folder "test" need no masks, if none of them has one.
+
+    Returns:
+      The pairs, and a line of text for each file without a partner.
+
+    Raises:
+      FileNotFoundError: no such folder.
+      DataError: one folder for both, no images, no PNG masks, no pair, or two files for one name.
+    """
+    for flag, folder in (("images", images_dir), ("labels", labels_dir)):
+        if not folder.is_dir():
+            raise FileNotFoundError(f"--{flag}={folder}: no such folder")
+    if images_dir.resolve() == labels_dir.resolve():
+        raise DataError(f"--images and --labels are both {images_dir}; give two folders")
+    images = _images(images_dir, _walk(images_dir, labels_dir))
+    masks = _masks(labels_dir, _walk(labels_dir, images_dir), images)
+    if not set(images) & set(masks):
+        raise DataError(
+            f"no mask has the name of an image: {len(images)} images, first "
+            f"{images[min(images)]}; {len(masks)} masks, first {masks[min(masks)]}. An image "
+            "a/b.jpg below --images and its mask a/b.png or a/b_mask.png below --labels belong "
+            "together"
+        )
+    test = {name for name in images if folder_split(name) == "test"}
+    unlabelled = set() if test & set(masks) else test
+    paired = sorted((set(images) & set(masks)) | unlabelled)
+    alone = [
+        f"{files[name]}: {kind}"
+        for files, others, kind in (
+            (images, set(masks) | unlabelled, "an image without a mask"),
+            (masks, images, "a mask without an image"),
+        )
+        for name in sorted(set(files) - set(others))
+    ]
+    return [Pair(name, images[name], masks.get(name)) for name in paired], alone
+
+
+def _walk(folder: pathlib.Path, outside: pathlib.Path) -> Files:
+    """Returns the files below a folder by path with suffix; not hidden ones nor those `outside`."""
+    outside, inner = outside.resolve(), {}
+    for path in sorted(folder.rglob("*")):
+        relative = path.relative_to(folder)
+        hidden = any(part.startswith(".") for part in relative.parts)
+        if hidden or not path.is_file():
+            continue
+        if outside in path.resolve().parents and outside.is_relative_to(folder.resolve()):
+            continue
+        inner[relative.as_posix()] = path
+    return inner
+
+
+def _images(folder: pathlib.Path, found: Files) -> Files:
+    images: Files = {}
+    for name, path in found.items():
+        if path.suffix.lower() in IMAGES:
+            other = images.setdefault(_bare(name), path)
+            if other != path:
+                raise DataError(f"{other} and {path} have one name; keep one of the two")
+    if not images:
+        raise DataError(_nothing(folder, "PNG or JPEG images", found))
+    return images
+
+
+def _masks(folder: pathlib.Path, found: Files, images: Files) -> Files:
+    """Returns the PNG masks by the name of their image."""
+
+    def image_of(name: str) -> str:
+        bare = _bare(name)
+        short = MASK_ENDING.sub("", bare)
+        return short if bare not in images and short in images else bare
+
+    masks: Files = {}
+    for name, path in found.items():
+        if path.suffix.lower() == ".png":
+            other = masks.setdefault(image_of(name), path)
+            if other != path:
+                raise DataError(f"{other} and {path} are masks of one image; keep one of the two")
+    jpeg = [
+        path
+        for name, path in found.items()
+        if path.suffix.lower() in IMAGES and image_of(name) in set(images) - set(masks)
+    ]
+    if jpeg:
+        raise DataError(
+            f"{len(jpeg)} masks are JPEG files, first {jpeg[0]}. JPEG mixes the values of "
+            "neighbouring pixels, so that they name no class any more: export the masks as PNG"
+        )
+    if not masks:
+        raise DataError(_nothing(folder, "PNG masks", found))
+    return masks
+
+
+def _bare(name: str) -> str:
+    return pathlib.PurePosixPath(name).with_suffix("").as_posix()
+
+
+def _nothing(folder: pathlib.Path, wanted: str, found: Iterable[str]) -> str:
+    suffixes = collections.Counter(pathlib.PurePosixPath(name).suffix.lower() for name in found)
+    there = ", ".join(f"{n} {suffix or 'without suffix'}" for suffix, n in suffixes.most_common(5))
+    return f"{folder}: no {wanted} below it; it has {there or 'no files'}"
