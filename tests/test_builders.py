@@ -13,7 +13,7 @@ from PIL import Image
 
 import layouts
 from duc_dlc_jax import config as configuration
-from duc_dlc_jax.data import builders, codec
+from duc_dlc_jax.data import builders, codec, pipeline
 from duc_dlc_jax.data.builders import files, scenes, sources
 from duc_dlc_jax.data.labels import IGNORE, DataError, LabelSpec, label_spec
 from duc_dlc_jax.data.prepare import count_differences, listed, prepare
@@ -274,3 +274,33 @@ def test_real_ade20k_masks_follow_the_contract():
         assert example.records[0]["image"] == path.read_bytes()
         for train, y, x in example.points:
             assert raw[y, x] == train + 1
+
+
+@pytest.mark.parametrize("name", ["camvid", "cityscapes", "ade20k", "pascal_context"])
+def test_each_layout_reaches_a_training_step(name, tmp_path):
+    """From the official layout to a loss of every class that is not ignored, and new parameters."""
+    pytest.importorskip("tensorflow", reason="preparing records needs TensorFlow")
+    import jax
+
+    from duc_dlc_jax import optimizer, train_step
+    from duc_dlc_jax.models import segmenter
+    from networks import NARROW, jit, random_variables
+
+    LAYOUTS[name][0](tmp_path / "raw")
+    prepare(name, str(tmp_path / "raw"), tmp_path / "data")
+    config = configuration.default()
+    config.data.update({"name": name, "dir": str(tmp_path / "data"), "crop_size": 32})
+    config.data.update({"base_size": 32, "class_uniform_share": 1.0})
+    config.model.update(NARROW)
+    records = open_records(config.data, "train")
+    batch = next(pipeline.train_iterator(config.data, records, seed=0, batch_size=2, steps=1))
+    labels = {name: batch[name] for name in ("image", "label")}
+    model = segmenter.create(config.model, records.spec.num_classes)
+    rule = optimizer.create(config.optimizer, 1)
+    state = train_step.create_state(model, rule, config, random_variables(model))
+    new, metrics = jit(train_step.make_train_step(model, rule, config))(state, labels)
+    assert (batch["label"] != IGNORE).any()
+    assert 0 < float(metrics["loss"]) < 50
+    moved = jax.tree.map(lambda a, b: bool((a != b).any()), state.params, new.params)
+    assert moved["classifier"]["kernel"]
+    assert moved["backbone"]["conv1"]["kernel"]
