@@ -5,6 +5,8 @@ No TensorFlow here.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import json
 import pathlib
 import threading
@@ -90,6 +92,11 @@ class Records:
         cut = np.s_[top:bottom, left:right]
         return example | {"image": example["image"][cut], "label": example["label"][cut]}
 
+    def tiles(self, index: int, box: Box) -> list[dict[str, Any]]:
+        """Returns the stored records of the tiles that a box touches, in row order."""
+        part, row = self._locate(index)
+        return part.tiles(row, box)
+
     def class_points(self) -> np.ndarray:
         """Returns (record, train id, y, x) of some pixels of each class in each image; int32."""
         tables = [part.points.copy() for part in self._opened()]
@@ -98,10 +105,9 @@ class Records:
         return np.concatenate(tables)
 
     def _read(self, index: int, box: Box) -> dict[str, Any]:
-        part, row = self._locate(index)
         top, left, bottom, right = box
         image = label = None
-        for tile in part.tiles(row, box):
+        for tile in self.tiles(index, box):
             name, y, x = tile["name"].decode(), int(tile["top"]), int(tile["left"])
             pixels, ids = _decode(tile, name)
             height, width = ids.shape
@@ -138,6 +144,7 @@ class _Part:
     def __init__(self, folder: pathlib.Path, split: str):
         import tensorflow_datasets as tfds  # late: 0.7 s
 
+        _keep_freed_memory()
         builder: Any = tfds.builder_from_directory(str(folder))
         self._source = builder.as_data_source(split)
         with np.load(folder / builders.index_file(split)) as tables:
@@ -152,12 +159,23 @@ class _Part:
             return [self._source[first]]
         top, left, bottom, right = box
         side, columns = builders.TILE, -(-int(self.size[row][1]) // builders.TILE)
-        numbers = [
-            first + i * columns + j
+        return [  # one by one: __getitems__ costs a third more on a core
+            self._source[first + i * columns + j]
             for i in range(top // side, (bottom - 1) // side + 1)
             for j in range(left // side, (right - 1) // side + 1)
         ]
-        return self._source.__getitems__(numbers)
+
+
+def _keep_freed_memory() -> None:
+    """Lets glibc hand the memory of one decoded image to the next instead of the system.
+
+    Else an array of 1 MB costs as long in page faults as the decoding of its JPEG.
+    """
+    mmap_threshold, trim_threshold = -3, -1  # names of <malloc.h>
+    with contextlib.suppress(AttributeError, OSError):  # other C libraries have no mallopt
+        libc = ctypes.CDLL(None)
+        libc.mallopt(mmap_threshold, 2**25)  # bytes; the most it takes
+        libc.mallopt(trim_threshold, 2**28)
 
 
 def _decode(tile: dict[str, Any], name: str) -> tuple[np.ndarray, np.ndarray]:

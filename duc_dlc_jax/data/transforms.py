@@ -192,8 +192,7 @@ def cut(
     if geometry.blur > 0:
         crop = cv2.GaussianBlur(crop, (0, 0), max(geometry.blur, 0.05))
     if geometry.colour is not None:
-        crop = distort(crop, geometry.colour)
-        crop[~np.broadcast_to(inside, crop_label.shape)] = 0
+        crop = _blacken(distort(crop, geometry.colour), inside)
     return crop, crop_label
 
 
@@ -241,8 +240,12 @@ def sample_label(label: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     height, width = label.shape
     column, row = np.floor(x).astype(np.int64), np.floor(y).astype(np.int64)
     inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
-    ids = label[np.clip(row, 0, height - 1), np.clip(column, 0, width - 1)]
-    return np.where(inside, ids, np.uint8(IGNORE))
+    column, row = np.clip(column, 0, width - 1), np.clip(row, 0, height - 1)
+    if len(column) == 1 and row.shape[1] == 1:  # no rotation: whole rows, then columns, are fast
+        ids = label.take(row[:, 0], 0).take(column[0], 1)
+    else:
+        ids = label[row, column]
+    return ids if inside.all() else np.where(inside, ids, np.uint8(IGNORE))
 
 
 def sample_image(image: np.ndarray, x: np.ndarray, y: np.ndarray, inside: np.ndarray) -> np.ndarray:
@@ -250,11 +253,15 @@ def sample_image(image: np.ndarray, x: np.ndarray, y: np.ndarray, inside: np.nda
 
     x and y in pixel edges of `image`, uint8 [H, W, 3]. Returns uint8 [h, w, 3].
     """
-    x, y, inside = np.broadcast_arrays(x, y, inside)
     columns, rows = (x - 0.5).astype(np.float32), (y - 0.5).astype(np.float32)
+    columns, rows = np.broadcast_arrays(columns, rows)
     crop = cv2.remap(image, columns, rows, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
-    crop[~inside] = 0
-    return crop
+    return _blacken(crop, inside)
+
+
+def _blacken(crop: np.ndarray, inside: np.ndarray) -> np.ndarray:
+    """Returns uint8 [h, w, 3], black where `inside`, bool [h, w], is false."""
+    return crop if inside.all() else cv2.copyTo(crop, inside.view(np.uint8))
 
 
 def distort(image: np.ndarray, colour: Colour) -> np.ndarray:
