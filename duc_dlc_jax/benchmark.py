@@ -1,13 +1,18 @@
-"""`python -m duc_dlc_jax.benchmark --config=configs/X.py [--steps=5] [--json=FILE]`: speed.
+"""`python -m duc_dlc_jax.benchmark --what=model|input|train --config=configs/X.py`: speed.
 
-Times the training step (all devices, donated state) and the labelling of one image of the crop size
-(one device) on random uint8 pictures, without decoding: medians after a warm-up.
+model  the training step (all devices, donated state) and the labelling of one image of the crop
+       size (one device) on random uint8 pictures, without decoding: medians after a warm-up
+input  crops/s of one core from prepared records, beside PyTorch's DataLoader; --synthetic draws
+       the images; --formats compares ways to store them instead
+train  training steps fed by the input pipeline beside steps that get one batch again and again
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,10 +24,13 @@ import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
-from duc_dlc_jax import cli, describe, predict, sharding
+from duc_dlc_jax import benchmark_formats, benchmark_input, cli, describe, predict, sharding
 from duc_dlc_jax import config as config_lib
 from duc_dlc_jax import optimizer as optimizers
+from duc_dlc_jax import train as training
+from duc_dlc_jax.data import photos
 from duc_dlc_jax.data.labels import label_spec
+from duc_dlc_jax.data.records import open_records
 from duc_dlc_jax.models import segmenter
 from duc_dlc_jax.train_step import create_state, init_variables, make_train_step
 
@@ -95,10 +103,46 @@ def _train_step(config, model, mesh, variables, data, steps: int) -> tuple[float
     return median_seconds(call, steps), peak - m.alias_size_in_bytes
 
 
-def main(_) -> None:
-    args = flags.FLAGS
-    segmenter.enable_dtype(args.config.model)
-    result = benchmark(args.config, args.steps)
+def fed(config: ml_collections.ConfigDict, steps: int, rounds: int = 5) -> dict[str, Any]:
+    """Images/s of `config`'s training on prepared records, and with one batch kept on the devices.
+
+    Alternating rounds of `steps` steps of the same compiled program; medians and their ratio.
+    """
+    config_lib.validate(config)
+    mesh = sharding.data_mesh()
+    sharding.check_batch(config.train.batch_size, mesh.size)
+    records = open_records(config.data, config.data.train_split)
+    model = segmenter.create(config.model, records.spec.num_classes, mesh.size)
+    optimizer = optimizers.create(config.optimizer, 2 * (rounds + 1) * steps)
+    state = create_state(model, optimizer, config, init_variables(model, config.seed))
+    state = jax.device_put(state, sharding.replicated(mesh))
+    step = sharding.jit_train_step(make_train_step(model, optimizer, config), mesh)
+    batches = training.device_batches(config, records, 0, (rounds + 1) * steps + 1, mesh)
+    kept = next(batches)
+    seconds: dict[str, list[float]] = {"records": [], "one_batch": []}
+    with contextlib.closing(batches):
+        for _ in range(rounds + 1):
+            for source, times in seconds.items():
+                start = time.perf_counter()
+                for _ in range(steps):
+                    state, metrics = step(state, next(batches) if source == "records" else kept)
+                jax.block_until_ready((state, metrics))
+                times.append(time.perf_counter() - start)
+    images = steps * config.train.batch_size
+    rates = {  # the first round compiles
+        source: [images / t for t in times[1:]] for source, times in seconds.items()
+    }
+    medians = {source: statistics.median(values) for source, values in rates.items()}
+    return {
+        "device": mesh.devices.flat[0].device_kind,
+        "devices": mesh.size,
+        "images_per_second": medians,
+        "rounds": rates,
+        "ratio": medians["records"] / medians["one_batch"],
+    }
+
+
+def _print_model(result: dict[str, Any]) -> None:
     print("{devices} x {device}, {dtype}, images {image}".format(**result))
     for kind in ("train", "inference"):
         r = result[kind]
@@ -106,13 +150,57 @@ def main(_) -> None:
         print(f"{kind}, batch {r['batch_size']}: {1000 * r['seconds']:.1f} ms, {speed}")
     peak = result["train"]["peak_bytes_per_device"]
     print(f"memory of the training step: {peak / 2**20:,.0f} MiB per device")
+
+
+def _print_fed(result: dict[str, Any]) -> None:
+    rates = result["images_per_second"]
+    print("{devices} x {device}".format(**result))
+    print(f"fed by records {rates['records']:.1f} images/s, by one batch {rates['one_batch']:.1f}")
+    print(f"ratio {result['ratio']:.3f}")
+
+
+def _input(args: Any) -> dict[str, Any]:
+    """Runs and prints `--what=input`."""
+    conditions = benchmark_input.conditions()
+    with tempfile.TemporaryDirectory() as folder:
+        if args.formats:
+            formats = benchmark_formats.compare(args.config, args.steps, args.seconds)
+            result = {"formats": formats}
+            benchmark_formats.show(formats)
+        else:
+            if args.synthetic:
+                photos.prepare_photos(args.config.data.name, Path(folder), benchmark_input.IMAGES)
+                args.config.data.dir, args.config.data.train_split = folder, "train"
+            result = benchmark_input.compare(args.config, args.steps, args.seconds)
+            benchmark_input.show(result)
+    return result | conditions
+
+
+def main(_) -> None:
+    args = flags.FLAGS
+    if args.what == "input":
+        result = _input(args)
+    else:
+        segmenter.enable_dtype(args.config.model)
+        if args.what == "train":
+            result = fed(args.config, args.steps) | benchmark_input.conditions()
+            _print_fed(result)
+        else:
+            result = benchmark(args.config, args.steps)
+            _print_model(result)
     if args.json:
         Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
     config_flags.DEFINE_config_file("config", None, "Configuration, see configs/.")
-    flags.DEFINE_integer("steps", 5, "Timed calls; the median counts.", lower_bound=1)
+    flags.DEFINE_enum("what", "model", ["model", "input", "train"], "What is timed.")
+    flags.DEFINE_integer(
+        "steps", 5, "Timed calls, rounds with --what=input, steps of a round with --what=train.", 1
+    )
+    flags.DEFINE_float("seconds", 4.0, "Of a round with --what=input.", 0.0)
+    flags.DEFINE_bool("synthetic", False, "With --what=input: draw images like the data set's.")
+    flags.DEFINE_bool("formats", False, "With --what=input: ways to store a 2048x1024 image.")
     flags.DEFINE_string("json", "", "Also write the figures to this file.")
     flags.mark_flags_as_required(["config"])
     cli.run(main)

@@ -254,9 +254,23 @@ def sample_image(image: np.ndarray, x: np.ndarray, y: np.ndarray, inside: np.nda
     x and y in pixel edges of `image`, uint8 [H, W, 3]. Returns uint8 [h, w, 3].
     """
     columns, rows = (x - 0.5).astype(np.float32), (y - 0.5).astype(np.float32)
-    columns, rows = np.broadcast_arrays(columns, rows)
-    crop = cv2.remap(image, columns, rows, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
-    return _blacken(crop, inside)
+    columns, rows, inside = np.broadcast_arrays(columns, rows, inside)
+    if inside.all():
+        return _interpolate(image, columns, rows)
+    crop = np.zeros((*inside.shape, 3), np.uint8)
+    down, across = (np.flatnonzero(inside.any(axis)) for axis in (1, 0))
+    if len(down):
+        part = np.s_[down[0] : down[-1] + 1, across[0] : across[-1] + 1]
+        pixels = _interpolate(image, columns[part], rows[part])
+        crop[part] = _blacken(pixels, inside[part])
+    return crop
+
+
+def _interpolate(image: np.ndarray, columns: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """`cv2.remap` of RGB uint8 [H, W, 3], which takes half the time with four channels."""
+    rgba = cv2.cvtColor(image, cv2.COLOR_RGB2RGBA)
+    rgba = cv2.remap(rgba, columns, rows, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+    return cv2.cvtColor(rgba, cv2.COLOR_RGBA2RGB)
 
 
 def _blacken(crop: np.ndarray, inside: np.ndarray) -> np.ndarray:
