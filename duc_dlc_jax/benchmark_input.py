@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib
 import importlib.util
 import os
 import pathlib
@@ -164,10 +165,9 @@ class WholeImages:
 
 
 def _data_loader(images: WholeImages, batch_size: int) -> Iterator[dict[str, Any]]:
-    from torch.utils import data
-
+    data = importlib.import_module("torch.utils.data")
     loader = data.DataLoader(
-        images,  # pyright: ignore[reportArgumentType]
+        images,
         batch_size,
         sampler=data.RandomSampler(images, replacement=True, num_samples=len(images)),
         num_workers=1,

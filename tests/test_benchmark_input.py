@@ -79,6 +79,7 @@ def test_both_sides_cut_the_same_crops(prepared, tmp_path):
     files = benchmark_input.write_files(records, tmp_path)
     theirs = benchmark_input.WholeImages(files, augmentation)
     padded = flipped = 0
+    agreement = []
     for i in range(24):
         drawn = transforms.draw_geometry(np.random.default_rng(i), SIZE, augmentation)
         padded, flipped = padded + (drawn.height < 96), flipped + drawn.flipped
@@ -91,7 +92,8 @@ def test_both_sides_cut_the_same_crops(prepared, tmp_path):
         found = theirs[i]
         assert found["image"].shape == image.shape
         assert np.abs(found["image"].astype(int) - image).mean() < 1
-        assert (found["label"] == label).mean() > 0.9  # theirs is up to half a pixel off
+        agreement.append((found["label"] == label).mean())  # theirs is up to half a pixel off
+    assert np.mean(agreement) > 0.93
     assert 0 < padded < 24
     assert 0 < flipped < 24
     image = benchmark_input.WholeImages(files, augmentation, normalise=True)[0]["image"]

@@ -241,8 +241,8 @@ def sample_label(label: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     column, row = np.floor(x).astype(np.int64), np.floor(y).astype(np.int64)
     inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
     column, row = np.clip(column, 0, width - 1), np.clip(row, 0, height - 1)
-    if len(column) == 1 and row.shape[1] == 1:  # no rotation: whole rows, then columns, are fast
-        ids = label.take(row[:, 0], 0).take(column[0], 1)
+    if len(column) == 1 and row.shape[1] == 1:  # no rotation: columns, then whole rows, are fast
+        ids = label.take(column[0], 1).take(row[:, 0], 0)
     else:
         ids = label[row, column]
     return ids if inside.all() else np.where(inside, ids, np.uint8(IGNORE))
