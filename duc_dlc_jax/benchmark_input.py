@@ -1,8 +1,9 @@
 """Crops per second and core: the input pipeline beside PyTorch's DataLoader on the same images.
 
-All sides draw the same distribution of scale, flip and position and keep one worker process, which
-shares one core with the process that takes the batches. The figure is the whole cost of a crop:
-reading (from the page cache), decoding, augmenting, stacking, and the way to the trainer.
+All sides draw the same distribution of scale, flip and position and keep one worker process. What
+counts is the CPU time of it and of the process that takes the batches, hence the whole cost of a
+crop: reading (from the page cache), decoding, augmenting, stacking, and the way to the trainer. A
+core that does nothing else makes as many crops per second.
 
 PyTorch's side does what is usual: decode the image file, resize the whole image and mask with
 OpenCV, flip, pad, cut. It hands over uint8 as the pipeline does (`dataloader`), or float32 as most
@@ -15,6 +16,7 @@ import contextlib
 import dataclasses
 import importlib
 import importlib.util
+import multiprocessing
 import os
 import pathlib
 import platform
@@ -42,7 +44,7 @@ WARM_UP = 4  # batches before the clock starts: more than the workers keep ready
 
 
 def compare(config: ml_collections.ConfigDict, rounds: int, seconds: float) -> dict[str, Any]:
-    """Crops/s of one core on `config`'s prepared data, in alternating rounds of each side.
+    """Crops per CPU second on `config`'s prepared data, in alternating rounds of each side.
 
     `data.in_memory` is off, workers and threads are 1; the first `IMAGES` images take part.
     "ratio" has the pipeline's rate over PyTorch's two; without PyTorch it is empty.
@@ -109,15 +111,26 @@ def one_core() -> Iterator[None]:
 
 
 def crops_per_second(batches: Iterator, seconds: float) -> float:
-    """Rate at which batches come, of `seconds` after the warm-up; ends the iterator."""
+    """Crops per second of CPU time, during `seconds` after the warm-up; ends the iterator."""
     with contextlib.ExitStack() as stack:
         stack.callback(getattr(batches, "close", lambda: None))
         for _ in range(WARM_UP):
             next(batches)
-        start, crops = time.perf_counter(), 0
-        while time.perf_counter() < start + seconds:
+        end, used, crops = time.perf_counter() + seconds, cpu_seconds(), 0
+        while crops == 0 or time.perf_counter() < end:
             crops += len(next(batches)["image"])
-        return crops / (time.perf_counter() - start)
+        return crops / (cpu_seconds() - used)
+
+
+def cpu_seconds() -> float:
+    """CPU time of this process and its worker processes so far; without /proc, wall time."""
+    pids = [os.getpid(), *(worker.pid for worker in multiprocessing.active_children())]
+    try:
+        stats = [pathlib.Path(f"/proc/{pid}/stat").read_text() for pid in pids]
+    except OSError:
+        return time.perf_counter()
+    ticks = [stat.rpartition(")")[2].split()[11:13] for stat in stats]  # utime, stime
+    return sum(int(t) for pair in ticks for t in pair) / os.sysconf("SC_CLK_TCK")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,7 +238,9 @@ def show(result: dict[str, Any]) -> None:
     sizes = "{smallest[1]}x{smallest[0]}".format(**result)
     if result["largest"] != result["smallest"]:
         sizes += " to {largest[1]}x{largest[0]}".format(**result)
-    print(f"{result['images']} images of {sizes}, crops of {result['crop']}, one core")
+    print(
+        f"{result['images']} images of {sizes}, crops of {result['crop']}, per second of one core"
+    )
     titles = {
         "pipeline": "this pipeline",
         "dataloader": "PyTorch's DataLoader",

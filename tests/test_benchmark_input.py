@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import multiprocessing
 import time
 from types import SimpleNamespace
 
@@ -100,19 +101,37 @@ def test_both_sides_cut_the_same_crops(prepared, tmp_path):
     assert (image.shape, image.dtype) == ((3, 96, 96), np.float32)
 
 
-def test_rates_count_what_comes_after_the_warm_up():
+def spin(seconds):
+    end = time.process_time() + seconds
+    while time.process_time() < end:
+        pass
+
+
+def test_rates_count_the_work_after_the_warm_up_and_no_waiting():
     closed = []
 
     def batches():
         try:
             for number in itertools.count():
-                time.sleep(0.3 if number < benchmark_input.WARM_UP else 0.01)
+                spin(0.2 if number < benchmark_input.WARM_UP else 0.02)
+                time.sleep(0.02)
                 yield {"image": np.zeros((5, 1))}
         finally:
             closed.append(True)
 
-    assert 250 < benchmark_input.crops_per_second(batches(), 0.2) <= 500
+    assert 180 < benchmark_input.crops_per_second(batches(), 0.6) < 280  # 5 crops in 20 ms
     assert closed
+
+
+def test_cpu_time_of_worker_processes_counts():
+    before = benchmark_input.cpu_seconds()
+    worker = multiprocessing.get_context("spawn").Process(target=spin, args=(0.5,))
+    worker.start()
+    used = 0.0
+    while worker.is_alive():
+        used = max(used, benchmark_input.cpu_seconds() - before)
+        time.sleep(0.02)
+    assert used > 0.4
 
 
 def test_the_command_reports_rates_conditions_and_a_missing_pytorch(prepared, monkeypatch, capsys):
@@ -124,7 +143,7 @@ def test_the_command_reports_rates_conditions_and_a_missing_pytorch(prepared, mo
     assert result["ratio"] == {}
     assert {"cpu", "cores", "load_average", "versions"} <= result.keys()
     printed = capsys.readouterr().out
-    assert "3 images of 160x120, crops of 96, one core" in printed
+    assert "3 images of 160x120, crops of 96, per second of one core" in printed
     assert "PyTorch is not installed" in printed
 
 
