@@ -176,3 +176,4 @@ def test_fed_steps_beside_steps_with_one_batch(scenes_dir):
     assert set(rates) == {"records", "one_batch"}
     assert len(result["rounds"]["records"]) == 2
     assert result["ratio"] == pytest.approx(rates["records"] / rates["one_batch"])
+    assert 0 < result["cpu_ratio"] < 3
