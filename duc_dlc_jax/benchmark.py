@@ -1,7 +1,10 @@
-"""`python -m duc_dlc_jax.benchmark --config=configs/X.py [--steps=5] [--json=FILE]`: speed.
+"""`python -m duc_dlc_jax.benchmark --what=model|input|train --config=configs/X.py`: speed.
 
-Times the training step (all devices, donated state) and the labelling of one image of the crop size
-(one device) on random uint8 pictures, without decoding: medians after a warm-up.
+model  the training step (all devices, donated state) and the labelling of one image of the crop
+       size (one device) on random uint8 pictures, without decoding: medians after a warm-up
+input  crops/s of one core from prepared records, beside PyTorch's DataLoader; --synthetic draws
+       the images; --formats compares ways to store them instead
+train  training steps fed by the input pipeline beside steps that get one batch again and again
 
 With `--evaluate=1024x2048` it times instead how one image of this size is labelled by `--protocol`,
 and says the most memory that the process had: start a process for each figure.
@@ -9,9 +12,11 @@ and says the most memory that the process had: start a process for each figure.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import resource
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,11 +28,21 @@ import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
-from duc_dlc_jax import cli, describe, predict, protocols, sharding
+from duc_dlc_jax import (
+    benchmark_formats,
+    benchmark_input,
+    cli,
+    describe,
+    predict,
+    protocols,
+    sharding,
+)
 from duc_dlc_jax import config as config_lib
 from duc_dlc_jax import optimizer as optimizers
+from duc_dlc_jax import train as training
+from duc_dlc_jax.data import photos
 from duc_dlc_jax.data.labels import IGNORE
-from duc_dlc_jax.data.records import find_spec
+from duc_dlc_jax.data.records import find_spec, open_records
 from duc_dlc_jax.inference import Labeller
 from duc_dlc_jax.models import segmenter
 from duc_dlc_jax.train_step import create_state, init_variables, make_train_step
@@ -146,7 +161,51 @@ def _print_evaluation(result: dict[str, Any]) -> None:
         print(f"most memory of the device: {result['peak_device_bytes'] / 2**30:.2f} GiB")
 
 
-def _print_benchmark(result: dict[str, Any]) -> None:
+def fed(config: ml_collections.ConfigDict, steps: int, rounds: int = 5) -> dict[str, Any]:
+    """Images/s of `config`'s training on prepared records, and with one batch kept on the devices.
+
+    Alternating rounds of `steps` steps of the same compiled program; medians and their ratio, by
+    the clock and by this process's CPU time (which other programs on the machine do not disturb).
+    """
+    config_lib.validate(config)
+    mesh = sharding.data_mesh()
+    sharding.check_batch(config.train.batch_size, mesh.size)
+    records = open_records(config.data, config.data.train_split)
+    model = segmenter.create(config.model, records.spec.num_classes, mesh.size)
+    optimizer = optimizers.create(config.optimizer, 2 * (rounds + 1) * steps)
+    state = create_state(model, optimizer, config, init_variables(model, config.seed))
+    state = jax.device_put(state, sharding.replicated(mesh))
+    step = sharding.jit_train_step(make_train_step(model, optimizer, config), mesh)
+    batches = training.device_batches(config, records, 0, (rounds + 1) * steps + 1, mesh)
+    kept = next(batches)
+    seconds: dict[str, list[float]] = {"records": [], "one_batch": []}
+    cpu: dict[str, list[float]] = {"records": [], "one_batch": []}
+    with contextlib.closing(batches):
+        for _ in range(rounds + 1):
+            for source, times in seconds.items():
+                start, used = time.perf_counter(), time.process_time()
+                for _ in range(steps):
+                    state, metrics = step(state, next(batches) if source == "records" else kept)
+                jax.block_until_ready((state, metrics))
+                times.append(time.perf_counter() - start)
+                cpu[source].append(time.process_time() - used)
+    images = steps * config.train.batch_size
+    rates = {  # the first round compiles
+        source: [images / t for t in times[1:]] for source, times in seconds.items()
+    }
+    medians = {source: statistics.median(values) for source, values in rates.items()}
+    return {
+        "device": mesh.devices.flat[0].device_kind,
+        "devices": mesh.size,
+        "images_per_second": medians,
+        "rounds": rates,
+        "ratio": medians["records"] / medians["one_batch"],
+        "cpu_ratio": statistics.median(cpu["one_batch"][1:])
+        / statistics.median(cpu["records"][1:]),
+    }
+
+
+def _print_model(result: dict[str, Any]) -> None:
     print("{devices} x {device}, {dtype}, images {image}".format(**result))
     for kind in ("train", "inference"):
         r = result[kind]
@@ -156,28 +215,67 @@ def _print_benchmark(result: dict[str, Any]) -> None:
     print(f"memory of the training step: {peak / 2**20:,.0f} MiB per device")
 
 
+def _print_fed(result: dict[str, Any]) -> None:
+    rates = result["images_per_second"]
+    print("{devices} x {device}".format(**result))
+    print(f"fed by records {rates['records']:.1f} images/s, by one batch {rates['one_batch']:.1f}")
+    print(f"ratio {result['ratio']:.3f}, by CPU time {result['cpu_ratio']:.3f}")
+
+
+def _input(args: Any) -> dict[str, Any]:
+    """Runs and prints `--what=input`."""
+    conditions = benchmark_input.conditions()
+    with tempfile.TemporaryDirectory() as folder:
+        if args.formats:
+            formats = benchmark_formats.compare(args.config, args.steps, args.seconds)
+            result = {"formats": formats}
+            benchmark_formats.show(formats)
+        else:
+            if args.synthetic:
+                photos.prepare_photos(args.config.data.name, Path(folder), benchmark_input.IMAGES)
+                args.config.data.dir, args.config.data.train_split = folder, "train"
+            result = benchmark_input.compare(args.config, args.steps, args.seconds)
+            benchmark_input.show(result)
+    return result | conditions
+
+
+def _evaluation(args: Any) -> dict[str, Any]:
+    """Runs and prints `--evaluate`."""
+    height, x, width = args.evaluate.partition("x")
+    if not (x and height.isdigit() and width.isdigit()):
+        raise config_lib.ConfigError(f"--evaluate={args.evaluate}; it is HEIGHTxWIDTH, 1024x2048")
+    protocols.select(args.config, args.protocol, args.set)
+    result = evaluation(args.config, (int(height), int(width)), args.steps)
+    _print_evaluation(result)
+    return result
+
+
 def main(_) -> None:
     args = flags.FLAGS
     segmenter.enable_dtype(args.config.model)
     if args.evaluate:
-        height, x, width = args.evaluate.partition("x")
-        if not (x and height.isdigit() and width.isdigit()):
-            raise config_lib.ConfigError(
-                f"--evaluate={args.evaluate}; it is HEIGHTxWIDTH, 1024x2048"
-            )
-        protocols.select(args.config, args.protocol, args.set)
-        result = evaluation(args.config, (int(height), int(width)), args.steps)
-        _print_evaluation(result)
+        result = _evaluation(args)
+    elif args.what == "input":
+        result = _input(args)
+    elif args.what == "train":
+        result = fed(args.config, args.steps) | benchmark_input.conditions()
+        _print_fed(result)
     else:
         result = benchmark(args.config, args.steps)
-        _print_benchmark(result)
+        _print_model(result)
     if args.json:
         Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
     config_flags.DEFINE_config_file("config", None, "Configuration, see configs/.")
-    flags.DEFINE_integer("steps", 5, "Timed calls; the median counts.", lower_bound=1)
+    flags.DEFINE_enum("what", "model", ["model", "input", "train"], "What is timed.")
+    flags.DEFINE_integer(
+        "steps", 5, "Timed calls, rounds with --what=input, steps of a round with --what=train.", 1
+    )
+    flags.DEFINE_float("seconds", 4.0, "Of a round with --what=input.", 0.0)
+    flags.DEFINE_bool("synthetic", False, "With --what=input: draw images like the data set's.")
+    flags.DEFINE_bool("formats", False, "With --what=input: ways to store a 2048x1024 image.")
     flags.DEFINE_string("evaluate", "", "Time the labelling of an image of HEIGHTxWIDTH instead.")
     protocols.define_flags()
     flags.DEFINE_string("json", "", "Also write the figures to this file.")

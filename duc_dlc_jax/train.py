@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, A
             (workdir / "parameters.txt").write_text(text + "\n")
         writer = stack.enter_context(contextlib.closing(writers.Writer(workdir, int(state.step))))
         writer.texts(0, {"config": f"```\n{config_lib.to_json(config)}\n```"})
-        batches = _batches(config, records, position, steps - int(state.step), mesh)
+        batches = device_batches(config, records, position, steps - int(state.step), mesh)
         stack.enter_context(contextlib.closing(batches))
         train_step = sharding.jit_train_step(make_train_step(model, optimizer, config), mesh)
         evaluation = _Evaluation(config, model, val_records, writer, workdir)
@@ -116,7 +117,7 @@ def _loop(config, state, steps, batches, train_step, evaluation, saved, writer) 
     return scores or evaluation(state)  # a finished run, started again, only evaluates
 
 
-def _batches(config, records, position: int, count: int, mesh):
+def device_batches(config, records, position: int, count: int, mesh) -> Generator[dict, None, None]:
     """`count` global batches on the devices, from the image at `position` of the stream on."""
     start = position // config.train.batch_size
     names = ["image", "label"]

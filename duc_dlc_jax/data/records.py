@@ -5,6 +5,8 @@ No TensorFlow here.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import json
 import pathlib
 import threading
@@ -73,8 +75,7 @@ class Records:
 
     def name(self, index: int) -> str:
         """Returns an example's name without decoding it."""
-        part, row = self._locate(index)
-        return part.tiles(row, (0, 0, 1, 1))[0]["name"].decode()
+        return self.tiles(index, (0, 0, 1, 1))[0]["name"].decode()
 
     def region(self, index: int, box: Box) -> dict[str, Any]:
         """Reads one part of an example; of a tiled image the tiles that the part touches.
@@ -99,11 +100,10 @@ class Records:
         cut = np.s_[top:bottom, left:right]
         return example | {"image": example["image"][cut], "label": example["label"][cut]}
 
-    def tiles(self, index: int) -> list[dict[str, Any]]:
-        """Returns the records that hold an example, as stored, in row order; see `decode_tile`."""
+    def tiles(self, index: int, box: Box | None = None) -> list[dict[str, Any]]:
+        """Returns the stored records of the tiles that a box touches, or all, in row order."""
         part, row = self._locate(index)
-        height, width = self.size(index)
-        return part.tiles(row, (0, 0, height, width))
+        return part.tiles(row, box or (0, 0, *self.size(index)))
 
     def class_points(self) -> np.ndarray:
         """Returns (record, train id, y, x) of some pixels of each class in each image; int32."""
@@ -113,10 +113,9 @@ class Records:
         return np.concatenate(tables)
 
     def _read(self, index: int, box: Box) -> dict[str, Any]:
-        part, row = self._locate(index)
         top, left, bottom, right = box
         image = label = None
-        for tile in part.tiles(row, box):
+        for tile in self.tiles(index, box):
             name, y, x = tile["name"].decode(), int(tile["top"]), int(tile["left"])
             pixels, ids = decode_tile(tile, name)
             height, width = ids.shape
@@ -153,6 +152,7 @@ class _Part:
     def __init__(self, folder: pathlib.Path, split: str):
         import tensorflow_datasets as tfds  # late: 0.7 s
 
+        _keep_freed_memory()
         builder: Any = tfds.builder_from_directory(str(folder))
         self._source = builder.as_data_source(split)
         with np.load(folder / builders.index_file(split)) as tables:
@@ -167,12 +167,23 @@ class _Part:
             return [self._source[first]]
         top, left, bottom, right = box
         side, columns = builders.TILE, -(-int(self.size[row][1]) // builders.TILE)
-        numbers = [
-            first + i * columns + j
+        return [  # one by one: __getitems__ costs a third more on a core
+            self._source[first + i * columns + j]
             for i in range(top // side, (bottom - 1) // side + 1)
             for j in range(left // side, (right - 1) // side + 1)
         ]
-        return self._source.__getitems__(numbers)
+
+
+def _keep_freed_memory() -> None:
+    """Lets glibc hand the memory of one decoded image to the next instead of the system.
+
+    Else an array of 1 MB costs as long in page faults as the decoding of its JPEG.
+    """
+    mmap_threshold, trim_threshold = -3, -1  # names of <malloc.h>
+    with contextlib.suppress(AttributeError, OSError):  # other C libraries have no mallopt
+        libc = ctypes.CDLL(None)
+        libc.mallopt(mmap_threshold, 2**25)  # bytes; the most it takes
+        libc.mallopt(trim_threshold, 2**28)
 
 
 def decode_tile(tile: dict[str, Any], name: str) -> tuple[np.ndarray, np.ndarray]:

@@ -190,8 +190,7 @@ def cut(
     if geometry.blur > 0:
         crop = cv2.GaussianBlur(crop, (0, 0), max(geometry.blur, 0.05))
     if geometry.colour is not None:
-        crop = distort(crop, geometry.colour)
-        crop[~np.broadcast_to(inside, crop_label.shape)] = 0
+        crop = _blacken(distort(crop, geometry.colour), inside)
     return crop, crop_label
 
 
@@ -239,8 +238,12 @@ def sample_label(label: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     height, width = label.shape
     column, row = np.floor(x).astype(np.int64), np.floor(y).astype(np.int64)
     inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
-    ids = label[np.clip(row, 0, height - 1), np.clip(column, 0, width - 1)]
-    return np.where(inside, ids, np.uint8(IGNORE))
+    column, row = np.clip(column, 0, width - 1), np.clip(row, 0, height - 1)
+    if len(column) == 1 and row.shape[1] == 1:  # no rotation: columns, then whole rows, are fast
+        ids = label.take(column[0], 1).take(row[:, 0], 0)
+    else:
+        ids = label[row, column]
+    return ids if inside.all() else np.where(inside, ids, np.uint8(IGNORE))
 
 
 def sample_image(image: np.ndarray, x: np.ndarray, y: np.ndarray, inside: np.ndarray) -> np.ndarray:
@@ -248,11 +251,29 @@ def sample_image(image: np.ndarray, x: np.ndarray, y: np.ndarray, inside: np.nda
 
     x and y in pixel edges of `image`, uint8 [H, W, 3]. Returns uint8 [h, w, 3].
     """
-    x, y, inside = np.broadcast_arrays(x, y, inside)
     columns, rows = (x - 0.5).astype(np.float32), (y - 0.5).astype(np.float32)
-    crop = cv2.remap(image, columns, rows, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
-    crop[~inside] = 0
+    columns, rows, inside = np.broadcast_arrays(columns, rows, inside)
+    if inside.all():
+        return _interpolate(image, columns, rows)
+    crop = np.zeros((*inside.shape, 3), np.uint8)
+    down, across = (np.flatnonzero(inside.any(axis)) for axis in (1, 0))
+    if len(down):
+        part = np.s_[down[0] : down[-1] + 1, across[0] : across[-1] + 1]
+        pixels = _interpolate(image, columns[part], rows[part])
+        crop[part] = _blacken(pixels, inside[part])
     return crop
+
+
+def _interpolate(image: np.ndarray, columns: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """`cv2.remap` of RGB uint8 [H, W, 3], which takes half the time with four channels."""
+    rgba = cv2.cvtColor(image, cv2.COLOR_RGB2RGBA)
+    rgba = cv2.remap(rgba, columns, rows, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+    return cv2.cvtColor(rgba, cv2.COLOR_RGBA2RGB)
+
+
+def _blacken(crop: np.ndarray, inside: np.ndarray) -> np.ndarray:
+    """Returns uint8 [h, w, 3], black where `inside`, bool [h, w], is false."""
+    return crop if inside.all() else cv2.copyTo(crop, inside.view(np.uint8))
 
 
 def distort(image: np.ndarray, colour: Colour) -> np.ndarray:
