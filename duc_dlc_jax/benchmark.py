@@ -39,7 +39,6 @@ from duc_dlc_jax import (
 )
 from duc_dlc_jax import config as config_lib
 from duc_dlc_jax import optimizer as optimizers
-from duc_dlc_jax import train as training
 from duc_dlc_jax.data import photos
 from duc_dlc_jax.data.labels import IGNORE
 from duc_dlc_jax.data.records import find_spec, open_records
@@ -167,6 +166,8 @@ def fed(config: ml_collections.ConfigDict, steps: int, rounds: int = 5) -> dict[
     Alternating rounds of `steps` steps of the same compiled program; medians and their ratio, by
     the clock and by this process's CPU time (which other programs on the machine do not disturb).
     """
+    from duc_dlc_jax import train as training  # late: 150 MB that --evaluate would count
+
     config_lib.validate(config)
     mesh = sharding.data_mesh()
     sharding.check_batch(config.train.batch_size, mesh.size)

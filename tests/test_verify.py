@@ -240,7 +240,7 @@ def test_a_stored_image_of_another_size_is_named(stored, problems):
     records.tiles = lambda _: [tile]
     found = verify.check_record(records, [np.zeros((0, 3), np.int32)], 0).problems
     assert len(found) == problems
-    assert all("its image is (12, 15), by index (12, 16)" in text for _, _, text in found)
+    assert all("its image is (12, 15), by its record (12, 16)" in text for _, _, text in found)
 
 
 def test_missing_parts_of_records_are_named(copied):

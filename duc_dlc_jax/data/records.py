@@ -194,7 +194,8 @@ def decode_tile(tile: dict[str, Any], name: str) -> tuple[np.ndarray, np.ndarray
     else:
         image = codec.decode_image(tile["image"], name)
         if image.shape != (height, width, 3):
-            raise DataError(f"{name}: decoded to {image.shape}, not to {height}x{width}x3")
+            found = image.shape[:2]
+            raise DataError(f"{name}: its image is {found}, by its record {(height, width)} (H, W)")
     if tile["label"]:
         label = np.frombuffer(tile["label"], np.uint8).reshape(height, width)
     else:
