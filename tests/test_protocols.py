@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -140,10 +142,12 @@ def test_source_code_protocol():
     )
     with jax.enable_x64(True):
         images = images_of((70, 100), (100, 44))
-        ours = [scores_of(protocol, [image], image.shape[:2])[0] for image in images]
-        for image, scores in zip(images, ours, strict=True):
+        alone = [scores_of(protocol, [image], image.shape[:2])[0] for image in images]
+        together = scores_of(dataclasses.replace(protocol, pad_sides=(104,)), images, (104, 104))
+        for image, *ours in zip(images, alone, together, strict=True):
             expected = sum(source_code_scores(image, int(80 * scale)) for scale in scales)
-            np.testing.assert_allclose(scores, expected, rtol=1e-9)
+            for scores in ours:
+                np.testing.assert_allclose(scores, expected, rtol=1e-9)
 
 
 def source_code_scores(image, long):
