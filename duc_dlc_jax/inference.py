@@ -75,18 +75,22 @@ class Labeller:
         if self.protocol.direct:
             valid = np.asarray(sizes, np.int32) if self.protocol.pad_sides else None
             reads = self._reads(sizes, 1.0, padded)
-            return self._direct(variables, images, valid, reads, labels)
+            return self._direct(variables, *self._put((images, valid, reads, labels)))
         groups = self.groups(variables, images, sizes)
-        return self._finish(groups, labels)
+        return self._finish(groups, self._put(labels))
+
+    def _put(self, arrays: Any) -> Any:
+        """This process's arrays on its devices; with several processes jit does not do it."""
+        return jax.device_put(arrays, self._split)
 
     def groups(self, variables: Any, images: np.ndarray, sizes: Sequence[Size]) -> list[tuple]:
         """Logits of N windows and F flips, [B, N, F, h, w, K], and their reads, for each scale."""
         padded = images.shape[1], images.shape[2]
-        images = jax.device_put(images, self._split)
+        images = self._put(images)
         groups = []
         for scale in sorted(self.protocol.scales, reverse=True):  # most memory while least is kept
             logits = self._windows(variables, images, sizes, scale)
-            groups.append((logits, *self._reads(sizes, scale, padded)))
+            groups.append((logits, *self._put(self._reads(sizes, scale, padded))))
         return groups
 
     def _axes(self, sizes, scale) -> list[tuple[Axis, Axis]]:
@@ -124,6 +128,7 @@ class Labeller:
         if protocol.mode == "sliding" or (protocol.mode == "whole" and protocol.pad_sides):
             extents = [[protocol.extent(axis.scaled) for axis in pair] for pair in axes]
             valid = np.asarray(extents, np.int32)
+        tables, valid = self._put((tables, valid))
         logits = self._network(variables, self._sample(images, *tables), valid)
         return jax.block_until_ready(logits)  # else several networks run, each in its memory
 

@@ -53,9 +53,12 @@ def largest_difference(first, second):
     )
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("float64", 1e-10)])
-def test_two_processes_equal_one(scenes_dir, tmp_path, dtype, tolerance):
+@pytest.mark.parametrize(
+    ("dtype", "tolerance", "mode"), [("float32", 1e-5, "whole"), ("float64", 1e-10, "sliding")]
+)
+def test_two_processes_equal_one(scenes_dir, tmp_path, dtype, tolerance, mode):
     changes = {"train__steps": 2, "model__dtype": dtype, "optimizer__learning_rate": 1e-3}
+    changes |= {"eval__mode": mode, "eval__crop_size": 160}
     one, two = tmp_path / "one", tmp_path / "two"
     result = run(command(scenes_dir, one, **changes), devices=4)
     assert ", 4 cpu device(s)" in result.stderr
