@@ -3,8 +3,10 @@
 import json
 import os
 import pathlib
+import struct
 import subprocess
 import sys
+import zlib
 from typing import Any
 
 import numpy as np
@@ -187,6 +189,34 @@ def test_16_bit_masks_are_read_exactly(tmp_path):
     np.testing.assert_array_equal(read_mask(write(tmp_path / "deep.png", ids)), ids)
     with pytest.raises(DataError, match=r"label values 300, 65535 are outside"):
         label_spec("ade20k").encode(ids)
+
+
+def raw_png(bits: int, colour_type: int, rows: list[bytes], width: int) -> bytes:
+    """A PNG of any bit depth, which Pillow does not write."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        checksum = struct.pack(">I", zlib.crc32(name + data))
+        return struct.pack(">I", len(data)) + name + data + checksum
+
+    header = struct.pack(">IIBBBBB", width, len(rows), bits, colour_type, 0, 0, 0)
+    pixels = zlib.compress(b"".join(b"\0" + row for row in rows))
+    chunks = chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + chunks
+
+
+def test_masks_of_few_bits_keep_their_ids():
+    four = raw_png(4, 0, [bytes([0x01, 0x2F]), bytes([0xA3, 0x74])], width=4)
+    assert codec.read_mask(four, "four.png").tolist() == [[0, 1, 2, 15], [10, 3, 7, 4]]
+    two = raw_png(2, 0, [bytes([0b00011011])], width=4)
+    assert codec.read_mask(two, "two.png").tolist() == [[0, 1, 2, 3]]
+    one = raw_png(1, 0, [bytes([0b01100000])], width=4)
+    assert codec.read_mask(one, "one.png").tolist() == [[0, 1, 1, 0]]
+
+
+def test_colours_of_16_bits_are_refused():
+    deep = raw_png(16, 2, [bytes(12)], width=2)
+    with pytest.raises(DataError, match=r"deep.png: 16 bits a channel; colours must have 8"):
+        codec.read_mask(deep, "deep.png", colours=True)
 
 
 def test_colour_masks_become_one_number_a_pixel(tmp_path):

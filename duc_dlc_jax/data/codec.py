@@ -18,6 +18,7 @@ from duc_dlc_jax.data.labels import DataError
 
 BAD_IMAGE, BAD_MASK, MODE = "unreadable image", "unreadable mask", "mode"  # kinds of DataError
 _PNG = b"\x89PNG\r\n\x1a\n"
+_GREY = 0  # colour type of a PNG's header
 _ORIENTATION = 274  # the EXIF tag
 
 
@@ -87,9 +88,12 @@ def read_mask(data: bytes, name: str, colours: bool = False) -> np.ndarray:
     """
     if name.endswith(".mat"):
         return _read_label_map(data, name)
+    bits, kind = (data[24], data[25]) if data.startswith(_PNG) and len(data) > 25 else (8, None)
     with _opened(data, f"{name}: unreadable or truncated mask", BAD_MASK) as mask:
         mask.load()
         if colours:
+            if bits == 16:
+                raise DataError(f"{name}: 16 bits a channel; colours must have 8", MODE)
             return _colours(mask, name)
     if mask.mode in ("I;16", "I;16B", "I"):
         return np.array(mask).astype(np.uint16)
@@ -99,7 +103,10 @@ def read_mask(data: bytes, name: str, colours: bool = False) -> np.ndarray:
             "use the PNGs whose pixel values are ids (modes L and P)",
             MODE,
         )
-    return np.array(mask).astype(np.uint8)
+    ids = np.array(mask).astype(np.uint8)
+    if kind == _GREY and bits in (2, 4):
+        ids //= 255 // (2**bits - 1)  # Pillow stretches them to 0..255
+    return ids
 
 
 @contextlib.contextmanager
