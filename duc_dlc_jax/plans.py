@@ -8,6 +8,7 @@ Batch      The power of two per device that fits the memory by `describe.activat
 Rate       2e-3 with weights (10 times that for new layers), in proportion below a batch of 8; 2e-2
            from scratch, in proportion below a batch of 16.
 Steps      40 epochs, but 2,000 at least and 40,000 at most; on a CPU 400.
+Evaluation Val images of more than 4 sizes are padded to at most 9, which changes no result.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from duc_dlc_jax.train_step import init_variables
 EPOCHS, FEWEST_STEPS, MOST_STEPS, CPU_STEPS = 40, 2000, 40000, 400
 MOST_BATCH, CPU_BATCH_PER_CORE = 16, 4
 MOST_CROP, MOST_CROP_CPU = 480, 256  # pixels
+PAD_ABOVE = 4  # sizes of val images, each of which would be compiled
 GIVEN = "given on the command line"
 
 
@@ -112,6 +114,7 @@ def make(
     _crop(draft, found, machine)
     _batch(draft, found, machine, most_batch)
     _schedule(draft, found, machine)
+    _evaluation(draft, found)
     for name, value in given.items():
         draft.put(name, value, GIVEN)
     config_lib.validate(draft.config)
@@ -211,10 +214,18 @@ def _schedule(draft: _Draft, found: Inspection, machine: Machine) -> None:
     draft.put("train.eval_every", max(steps // 5, 1), "five evaluations")
     draft.put("train.log_every", max(min(50, steps // 20), 1), "a 20th of the run, at most 50")
     draft.put("train.checkpoint_every", max(min(500, steps // 10), 1), "a 10th, at most 500")
+
+
+def _evaluation(draft: _Draft, found: Inspection) -> None:
     sizes = set(found.sizes("val"))
-    same = len(sizes) == 1 and math.prod(next(iter(sizes))) <= 512 * 512
-    why = "val images of one size" if same else f"val images of {len(sizes)} sizes, compiled each"
-    draft.put("eval.batch_size", 4 if same else 1, why)
+    small = len(sizes) == 1 and math.prod(next(iter(sizes))) <= 512 * 512
+    why = "val images of one size" if small else f"val images of {len(sizes)} sizes"
+    draft.put("eval.batch_size", 4 if small else 1, why)
+    if len(sizes) > PAD_ABOVE:
+        sides = sorted(side for size in sizes for side in size)
+        thirds = (sides[math.ceil(len(sides) * part / 3) - 1] for part in (1, 2, 3))
+        padded = tuple(sorted({-(-side // 32) * 32 for side in thirds}))
+        draft.put("eval.pad_sides", padded, f"at most {len(padded) ** 2} programs for their sizes")
 
 
 def step_seconds(plan: Plan) -> float | None:

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from duc_dlc_jax import config as config_lib
-from duc_dlc_jax import describe, fit, plans, workdirs
+from duc_dlc_jax import describe, fit, plans, protocols, workdirs
 from duc_dlc_jax.data import folders
 from duc_dlc_jax.data.builders import scenes
 from duc_dlc_jax.data.labels import DataError
@@ -77,6 +77,23 @@ def test_the_papers_network_on_an_accelerator():
     assert plan.config.train.batch_size == 16
     assert plan.config.train.steps == 40 * 1000 / 16
     assert "--weights" in plan.why["model.depth"]
+
+
+def test_val_images_of_many_sizes_share_programs():
+    found = inspection()
+    assert plans.make(found, CPU, {}).config.eval.pad_sides == ()
+    pair = found.scans["val"][0].pair
+    sizes = [(300 + 7 * i, 400 + 11 * i) for i in range(20)]
+    many = dataclasses.replace(
+        found, scans=found.scans | {"val": [folders.Scan(pair, size) for size in sizes]}
+    )
+    config = plans.make(many, CPU, {}).config
+    protocol = protocols.Protocol.from_config(config)
+    padded = {protocol.padded_size(size) for size in sizes}
+    assert len(config.eval.pad_sides) == 3
+    assert len(padded) <= 9
+    assert all(side % 32 == 0 for size in padded for side in size)
+    assert max(config.eval.pad_sides) < 609 + 32
 
 
 @pytest.mark.parametrize(("images", "steps"), [(10, 2000), (1001, 2503), (10**5, 40000)])
