@@ -147,9 +147,18 @@ def evaluation(config: ml_collections.ConfigDict, size: tuple[int, int], steps: 
         "seconds": seconds,
         "images_per_second": 1 / seconds,
         "programs": labeller.programs(),
-        "peak_process_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_process_bytes": _peak_memory(),
         "peak_device_bytes": (device.memory_stats() or {}).get("peak_bytes_in_use"),
     }
+
+
+def _peak_memory() -> int:
+    """Bytes of the most memory this process had (on Linux: getrusage would count its parent's)."""
+    status = Path("/proc/self/status")
+    if not status.is_file():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS counts in bytes
+    (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
 
 
 def _print_evaluation(result: dict[str, Any]) -> None:

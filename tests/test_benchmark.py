@@ -4,6 +4,7 @@ import json
 import sys
 import time
 
+import numpy as np
 import pytest
 
 import runs
@@ -65,7 +66,9 @@ def test_evaluation_holds_neither_logits_nor_probabilities_of_a_whole_image(tmp_
     command = [sys.executable, "-m", "duc_dlc_jax.benchmark", "--config=configs/demo.py"]
     command += [f"--config.{name}={value}" for name, value in small.items()]
     command += ["--evaluate=1024x2048", "--protocol=multi_scale", "--set=scales=(0.5,)"]
+    own = np.ones(2**28)  # 2 GiB of this process, which are not the command's
     result = runs.run([*command, "--steps=1", f"--json={file}"])
+    assert own.any()
     values = json.loads(file.read_text())
     assert values["classes"] == 150
     assert values["programs"]["network"] == 1
