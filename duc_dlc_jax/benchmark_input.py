@@ -205,8 +205,7 @@ def write_files(records: Records, folder: pathlib.Path) -> list[tuple[str, str]]
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for i in range(len(records)):
-        height, width = records.size(i)
-        tiles, example = records.tiles(i, (0, 0, height, width)), records[i]
+        tiles, example = records.tiles(i), records[i]
         stored = tiles[0]["encoding"].decode()
         as_is = len(tiles) == 1 and stored != "raw"
         image = folder / f"{i:05d}.{stored if as_is else 'png'}"

@@ -16,7 +16,7 @@ from jax.experimental import multihost_utils
 from duc_dlc_jax import boundaries, cli, metrics, pictures, protocols, sharding, workdirs
 from duc_dlc_jax.data import pipeline
 from duc_dlc_jax.data.labels import IGNORE, LabelSpec
-from duc_dlc_jax.data.records import open_records
+from duc_dlc_jax.data.records import Records, open_records
 from duc_dlc_jax.inference import Labeller
 from duc_dlc_jax.models.segmenter import Segmenter
 
@@ -191,15 +191,20 @@ def scalars(scores: dict[str, Any], spec: LabelSpec) -> dict[str, float]:
     return named | {f"val_iou/{name}": float(iou) for name, iou in per_class}
 
 
-def main(_) -> None:
-    args = flags.FLAGS
+def open_run(args: Any) -> tuple[workdirs.Run, Records]:
+    """The run and the split that the flags name: workdir, checkpoint, protocol, data_dir, split."""
     cli.use_compilation_cache(Path(args.workdir))
     run = workdirs.load(args.workdir, args.checkpoint)
     protocols.select(run.config, args.protocol, args.set)
     data = run.config.data
     if args.data_dir:
         data.dir = args.data_dir
-    records = open_records(data, args.split or data.eval_split)
+    return run, open_records(data, args.split or data.eval_split)
+
+
+def main(_) -> None:
+    args = flags.FLAGS
+    run, records = open_run(args)
     examples = pipeline.eval_examples(records, jax.process_index(), jax.process_count())
     protocol = protocols.Protocol.from_config(run.config)
     batch = run.config.eval.batch_size

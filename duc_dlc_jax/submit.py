@@ -18,12 +18,11 @@ import numpy as np
 from absl import flags
 from PIL import Image
 
-from duc_dlc_jax import cli, protocols, workdirs
+from duc_dlc_jax import cli, protocols
 from duc_dlc_jax.config import ConfigError
 from duc_dlc_jax.data import pipeline
 from duc_dlc_jax.data.labels import DataError, LabelSpec
-from duc_dlc_jax.data.records import open_records
-from duc_dlc_jax.evaluate import Evaluator
+from duc_dlc_jax.evaluate import Evaluator, open_run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,13 +97,7 @@ def check_archive(path: Path, spec: LabelSpec, sizes: dict[str, tuple[int, int]]
 
 def main(_) -> None:
     args = flags.FLAGS
-    cli.use_compilation_cache(Path(args.workdir))
-    run = workdirs.load(args.workdir, args.checkpoint)
-    protocols.select(run.config, args.protocol, args.set)
-    data = run.config.data
-    if args.data_dir:
-        data.dir = args.data_dir
-    records = open_records(data, args.split)
+    run, records = open_run(args)
     protocol = protocols.Protocol.from_config(run.config)
     evaluator = Evaluator(run.model, run.spec, run.config.eval.batch_size, protocol)
     predictions = evaluator.predictions(run.variables, pipeline.eval_examples(records))

@@ -7,11 +7,9 @@ others.
 
 from __future__ import annotations
 
-import concurrent.futures
 import dataclasses
 import hashlib
 import io
-import os
 import pathlib
 import re
 import statistics
@@ -21,6 +19,7 @@ import numpy as np
 from PIL import Image
 
 from duc_dlc_jax.data import classes, codec
+from duc_dlc_jax.data.builders.examples import in_threads
 from duc_dlc_jax.data.builders.files import File
 from duc_dlc_jax.data.builders.sources import Item
 from duc_dlc_jax.data.labels import IGNORE, DataError, LabelSpec, is_known
@@ -199,10 +198,9 @@ def _scan_all(found: Sequence[Pair]) -> tuple[list[Scan], list[str]]:
     """Reads all pairs on all cores; returns what they hold, and a message per bad one."""
     scans, broken = [], []
     progress = Progress(len(found), "looking at pair")
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        for number, result in enumerate(pool.map(_scan_or_message, found), 1):
-            (scans if isinstance(result, Scan) else broken).append(result)
-            progress.show(number, "", log=number % 500 == 0)
+    for number, result in enumerate(in_threads(_scan_or_message, found), 1):
+        (scans if isinstance(result, Scan) else broken).append(result)
+        progress.show(number, "", log=number % 500 == 0)
     return scans, broken
 
 

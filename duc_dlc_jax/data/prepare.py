@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import pathlib
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
@@ -24,7 +23,7 @@ from duc_dlc_jax.data import builders, folders
 from duc_dlc_jax.data.builders import files, sources
 from duc_dlc_jax.data.builders.sources import Item, Listing
 from duc_dlc_jax.data.labels import IGNORE, DataError, LabelSpec, label_spec
-from duc_dlc_jax.data.records import read_spec
+from duc_dlc_jax.data.records import is_prepared, read_spec, summary
 
 
 @contextlib.contextmanager
@@ -83,10 +82,9 @@ def prepare(
             if strict:
                 _refuse(name, count_differences(source, counts))
             build(name, listing.splits, spec, data_dir, counts, encoding)
-    differences = count_differences(
-        source, {s: row["images"] for s, row in summary(folder).items()}
-    )
-    print("\n".join([*table(summary(folder), read_spec(folder)), *differences]))
+    rows = summary(folder)
+    differences = count_differences(source, {split: rows[split]["images"] for split in rows})
+    print("\n".join([*table(rows, read_spec(folder)), *differences]))
     if strict:
         _refuse(name, differences)
     return folder
@@ -119,15 +117,6 @@ def images_of(source: sources.Source, listing: Listing) -> dict[str, int]:
         split: len(items) if isinstance(items, list) else source.counts[split]
         for split, items in listing.splits.items()
     }
-
-
-def is_prepared(folder: pathlib.Path) -> bool:
-    return (folder / builders.SUMMARY_FILE).is_file()
-
-
-def summary(folder: pathlib.Path) -> dict[str, dict]:
-    """Returns images, labelled images and pixels per train id of each prepared split."""
-    return json.loads((folder / builders.SUMMARY_FILE).read_text())
 
 
 def build(

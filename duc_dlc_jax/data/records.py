@@ -42,8 +42,8 @@ class Records:
     def __init__(self, folder: pathlib.Path, split: str, in_memory: bool = False):
         self.folder, self.split, self.in_memory = folder, split, in_memory
         self.spec = read_spec(folder)
-        summary = json.loads((folder / builders.SUMMARY_FILE).read_text())
-        rows = [summary[part] for part in split.split("+")]
+        splits = summary(folder)
+        rows = [splits[part] for part in split.split("+")]
         self.labelled = all(row["labelled"] == row["images"] for row in rows)
         self._starts = np.cumsum([0] + [row["images"] for row in rows])
         self._open()
@@ -203,6 +203,15 @@ def decode_tile(tile: dict[str, Any], name: str) -> tuple[np.ndarray, np.ndarray
     return image, label
 
 
+def is_prepared(folder: pathlib.Path) -> bool:
+    return (folder / builders.SUMMARY_FILE).is_file()
+
+
+def summary(folder: pathlib.Path) -> dict[str, dict]:
+    """Returns images, labelled images and pixels per train id of each prepared split."""
+    return json.loads((folder / builders.SUMMARY_FILE).read_text())
+
+
 def read_spec(folder: pathlib.Path) -> LabelSpec:
     """Returns the label contract that a prepared data set was built with."""
     return LabelSpec.from_json((folder / builders.SPEC_FILE).read_text())
@@ -227,12 +236,12 @@ def open_records(data: Any, split: str) -> Records:
       ConfigError: no such split; lists those there are.
     """
     folder = builders.prepared_dir(data.dir, data.name)
-    if not (folder / builders.SUMMARY_FILE).is_file():
+    if not is_prepared(folder):
         raise FileNotFoundError(
             f"no prepared records of {data.name!r} in {folder}. Prepare them: "
             f"{builders.prepare_command(data.name, data.dir)}"
         )
-    splits = json.loads((folder / builders.SUMMARY_FILE).read_text())
+    splits = summary(folder)
     for part in split.split("+"):
         if part not in splits:
             raise ConfigError(f"no split {part!r} in {folder}; it has: {', '.join(splits)}")

@@ -80,7 +80,7 @@ def crops(
     batch = next(batches)
     cells = []
     for image, label, record in zip(batch["image"], batch["label"], batch["record"], strict=True):
-        name = records.region(int(record), (0, 0, 1, 1))["name"]
+        name = records.name(int(record))
         cells.append(Cell(f"{name}  crop {label.shape[1]}x{label.shape[0]}", image, label))
     return cells
 
