@@ -22,6 +22,7 @@ from duc_dlc_jax import config as config_lib
 from duc_dlc_jax import optimizer as optimizers
 from duc_dlc_jax.data.records import find_spec
 from duc_dlc_jax.models import segmenter
+from duc_dlc_jax.models.duc import DUC
 from duc_dlc_jax.models.layers import Conv
 from duc_dlc_jax.train_step import create_state
 
@@ -44,6 +45,9 @@ def _convolutions(model: segmenter.Segmenter, height: int, width: int) -> list[t
         if isinstance(context.module, Conv) and context.method_name == "__call__":
             fan_in = context.module.kernel**2 * args[0].shape[-1]
             found.append((context.module.path[0], math.prod(output.shape), fan_in))
+        if isinstance(context.module, DUC) and context.method_name == "__call__":
+            counts = context.module.guidance_convolutions(*args[0].shape[1:3])
+            found.extend((context.module.path[0], *count) for count in counts)
         return output
 
     image = jax.ShapeDtypeStruct((1, height, width, 3), jnp.uint8)

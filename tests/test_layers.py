@@ -139,39 +139,6 @@ def test_convolution_pads_symmetrically(kernel, stride, dilation):
     assert differs == (stride > 1 and kernel > 1)  # even sizes: SAME pads the end alone
 
 
-@pytest.mark.parametrize(("kernel", "stride"), [(3, 4), (3, 3)])
-@pytest.mark.parametrize("size", [(12, 13), (9, 10), (11, 15)])
-def test_separate_windows_equal_the_convolution(kernel, stride, size):
-    """Values and both gradients."""
-    rng = np.random.default_rng(0)
-    with jax.enable_x64(True):
-        x = jnp.asarray(rng.normal(size=(2, *size, 3)))
-        weight = jnp.asarray(rng.normal(size=(kernel, kernel, 3, 4)))
-        model = layers.Conv(4, kernel, stride, dtype=jnp.float64)
-
-        def ours(x, weight):
-            return model.apply({"params": {"kernel": weight}}, x)
-
-        def plain(x, weight):
-            return jax.lax.conv_general_dilated(
-                x, weight, (stride, stride), ((1, 1), (1, 1)),
-                dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            )  # fmt: skip
-
-        cells = tuple(-(-n // stride) for n in size)
-        cotangent = jnp.asarray(rng.normal(size=(2, *cells, 4)))
-
-        def both(function, x, weight):
-            y, back = jax.vjp(function, x, weight)
-            return y, back(cotangent)
-
-        results = [jit(functools.partial(both, f))(x, weight) for f in (ours, plain)]
-    assert results[0][0].shape == (2, *cells, 4)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-12), results[0], results[1]
-    )
-
-
 @pytest.mark.parametrize("size", [(8, 8), (7, 9), (1, 6)])
 def test_max_pool_equals_flax(size):
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, *size, 3)).astype(np.float32))

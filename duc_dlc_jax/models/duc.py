@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from duc_dlc_jax.models.layers import resize_bilinear, zero_beyond
+from duc_dlc_jax.models.layers import resize_bilinear
 
-SLAB_BYTES = 2**26  # of g(I) at a time, where it runs in slabs
+SLAB_BYTES = 2**26  # of g(I), in float32, at a time where it runs in slabs
 
 
 class DUC(nn.Module):
@@ -22,8 +21,8 @@ class DUC(nn.Module):
     halves: a linear 1x1 commutes with bilinear interpolation, so the I~ half runs on the low
     resolution and its product is upsampled (`commute=False` upsamples first: the same numbers).
 
-    `slabs` runs g(I), as large as the image, and the stride-4 convolution in slabs of rows: the
-    same numbers, in bounded memory. `valid_sizes`: as in `layers.resize_bilinear`.
+    `slabs` (inference) runs g(I) and the stride-4 convolution in slabs of rows: the same numbers in
+    bounded memory. `valid_sizes`: as in `layers.resize_bilinear`.
     """
 
     width: int  # channels of G~, I~, a, b, O
@@ -62,6 +61,17 @@ class DUC(nn.Module):
         a, b = jnp.split(from_guidance + from_low, 2, axis=-1)
         return jnp.concatenate([a * guidance + b, middle], axis=-1)
 
+    def guidance_convolutions(self, height: int, width: int) -> list[tuple[int, int]]:
+        """(numbers in the output, weights of one) of the three convolutions of G~, one image.
+
+        As the paper has them, on the whole image; `_strided` computes less.
+        """
+        height, width = (-(-n // self.guidance_stride) for n in (height, width))
+        pixels, cells = height * width, -(-height // 4) * -(-width // 4)
+        channels, taps = self.guidance_width, self.guidance_kernel**2
+        first, second = (pixels * channels, 3), (pixels * channels, channels)
+        return [first, second, (cells * self.width, taps * channels)]
+
     def _resize(self, x, size: Sequence[int], step: float, axes: Sequence[int] = (0, 1)):
         return resize_bilinear(x, size, self.grid, step, self.valid_sizes, axes)
 
@@ -71,47 +81,94 @@ class DUC(nn.Module):
             half = tuple(-(-n // self.guidance_stride) for n in image.shape[1:3])
             image = self._resize(image, half, self.guidance_stride)
         step = 8 / (4 * self.guidance_stride)
-        batch, height, width, _ = image.shape
-        row_bytes = batch * width * self.guidance_width * image.dtype.itemsize
-        rows = max(SLAB_BYTES // (4 * row_bytes), 4)  # of the stride-4 grid, per slab
-        if self.slabs and 4 * rows < height:
-            g = self._strided_slabs(image, rows, size[1], step)
-            return self._resize(g, size, step, axes=(0,))
-        return self._resize(self._strided(self._g(image), self.conv), size, step)
+        batch, (rows, columns) = len(image), (-(-n // 4) for n in image.shape[1:3])
+        norm = self.norm(name="guidance_bn")
+        row_bytes = 4 * batch * columns * self.guidance_kernel**2 * self.guidance_width
+        count = min(-(-rows * row_bytes // SLAB_BYTES), rows) if self.slabs else 1
+        slab = -(-rows // count)
+        strided = self._strided(image, slab * count)
+        if count == 1:
+            return self._resize(norm(strided(0, rows)), size, step)
+        factor, shift = norm.scale_and_shift(jax.eval_shape(lambda: strided(0, slab)))
 
-    def _g(self, image: jax.Array) -> jax.Array:
-        g = self.conv(self.guidance_width, name="g_conv1")(image)
-        g = nn.relu(self.norm(name="g_bn")(g))
-        return self.conv(self.guidance_width, bias=True, name="g_conv2")(g)
+        def one(_, first):
+            g = strided(first, slab) * factor[:, None, None] + shift[:, None, None]
+            return None, self._resize(g.astype(image.dtype), (slab, size[1]), step, axes=(1,))
 
-    def _strided(self, g: jax.Array, conv: Any) -> jax.Array:
-        g = conv(self.width, self.guidance_kernel, 4, name="guidance_conv")(g)
-        return self.norm(name="guidance_bn")(g)
+        _, slabs = jax.lax.scan(one, None, slab * jnp.arange(count))
+        g = jnp.moveaxis(slabs, 0, 1).reshape(batch, slab * count, size[1], self.width)
+        return self._resize(g[:, :rows], size, step, axes=(0,))
 
-    def _strided_slabs(self, image: jax.Array, rows: int, width: int, step: float) -> jax.Array:
-        """`_strided(_g(image))` resized to `width`, `rows` output rows at a time.
+    def _strided(self, image: jax.Array, rows: int) -> Callable[[Any, int], jax.Array]:
+        """Returns (first, n) -> n rows of the stride-4 convolution of G_h = g(I), of `rows` in all.
 
-        A slab has an output row more on either side, whose wrong values, next to the convolution's
-        padding, are dropped. Beyond the image g is 0, as padding is.
+        G_h, as large as the image, is never there: it is computed at the pixels that a kernel
+        reads. The 1x1 after its ReLU is multiplied into the kernel, and the statistics of its BN
+        are taken from the moments of the image. Beyond the image G_h is 0, and not what g makes of
+        0, so the bias of that 1x1 counts for the pixels inside alone.
         """
-        size = image.shape[1:3]
-        sizes = jnp.asarray([size]) if self.valid_sizes is None else self.valid_sizes(size)
-        total = -(-size[0] // 4)
-        count = -(-total // rows)
-        rows = -(-total // count)
-        below = 4 * (count * rows + 1) - size[0]
-        padded = jnp.pad(image, ((0, 0), (4, below), (0, 0), (0, 0)))
-        conv = partial(self.conv, valid_sizes=None)  # its grid is the image's: masked here
+        k, width, exact = self.guidance_kernel, self.guidance_width, jax.lax.Precision.HIGHEST
+        conv1, _ = self.conv(width, name="g_conv1").weights(image.shape[-1])
+        conv2, bias = self.conv(width, bias=True, name="g_conv2").weights(width)
+        kernel, _ = self.conv(self.width, k, 4, name="guidance_conv").weights(width)
+        factor, shift = self.norm(name="g_bn").scale_and_shift(
+            image, conv1[0, 0].astype(image.dtype)
+        )
+        conv1 = conv1[0] * factor[:, None]  # [groups, 3, width]
+        kernel = kernel.reshape(k * k, width, self.width)
+        composed = jnp.einsum("cd,tdf->tcf", conv2[0, 0], kernel, precision=exact)
+        composed = composed.reshape(k * k * width, self.width).astype(image.dtype)
+        bias = jnp.einsum("d,tdf->tf", bias, kernel, precision=exact)
+        height, columns = image.shape[1:3]
+        sizes = jnp.asarray([[height, columns]])
+        if self.valid_sizes is not None:
+            sizes = self.valid_sizes((height, columns))
+        pad, columns = (k - 1) // 2, -(-columns // 4)
+        padded = _padded(image, pad, (4 * rows - 4 + k, 4 * columns - 4 + k))
 
-        def slab(module, carry, first):
-            top = 4 * (first - 1)  # the slab's first row in the image
-            g = module._g(jax.lax.dynamic_slice_in_dim(padded, top + 4, 4 * (rows + 2), 1))
-            above = (top + jnp.arange(g.shape[1]) < 0)[None, :, None, None]
-            g = zero_beyond(jnp.where(above, 0, g), sizes - jnp.stack([top, 0 * top])[None])
-            g = module._strided(g, conv)[:, 1:-1]
-            return carry, module._resize(g, (rows, width), step, axes=(1,))
+        def strided(first, count: int) -> jax.Array:
+            part = jax.lax.dynamic_slice_in_dim(padded, 4 * first, 4 * count - 4 + k, 1)
+            x = jnp.stack(_taps(part, k, count, columns), 3)  # [B, count, columns, k * k, 3]
+            g = x.reshape(len(conv1), -1, *x.shape[1:]).astype(conv1.dtype)
+            g = sum(
+                g[..., c, None] * conv1[:, None, None, None, None, c] for c in range(x.shape[-1])
+            )
+            g = nn.relu(g + shift[:, None, None, None, None])
+            g = g.reshape(*x.shape[:-1], width)
+            inside = _inside(4 * first + jnp.arange(count) * 4 - pad, columns, k, sizes)
+            g = jnp.where(inside[..., None], g, 0).astype(image.dtype)
+            g = g.reshape(*x.shape[:3], k * k * width)
+            y = jax.lax.dot_general(g, composed, (((3,), (0,)), ((), ())))
+            border = jnp.dot(inside.astype(bias.dtype), bias, precision=exact)
+            return y + border.astype(image.dtype)
 
-        scan = nn.scan(slab, variable_broadcast=["params", "batch_stats"], split_rngs={})
-        _, slabs = scan(self, None, rows * jnp.arange(count))
-        slabs = jnp.moveaxis(slabs, 0, 1)  # [B, count, rows, width, channels]
-        return slabs.reshape(len(image), count * rows, *slabs.shape[3:])[:, :total]
+        return strided
+
+
+def _padded(image: jax.Array, before: int, size: Sequence[int]) -> jax.Array:
+    """[B, H, W, C] with `before` zeros above and left, cut or filled up to `size`."""
+    ends = [n - before - now for n, now in zip(size, image.shape[1:3], strict=True)]
+    edges = ((0, 0, 0), (before, ends[0], 0), (before, ends[1], 0), (0, 0, 0))
+    return jax.lax.pad(image, jnp.zeros((), image.dtype), edges)
+
+
+def _taps(image: jax.Array, kernel: int, rows: int, columns: int) -> list[jax.Array]:
+    """What each position of a kernel with stride 4 reads: kernel**2 of [B, rows, columns, C]."""
+    ends = 4 * rows - 3, 4 * columns - 3
+    at = [(i, j) for i in range(kernel) for j in range(kernel)]
+    return [image[:, i : i + ends[0] : 4, j : j + ends[1] : 4] for i, j in at]
+
+
+def _inside(tops: jax.Array, columns: int, kernel: int, sizes: jax.Array) -> jax.Array:
+    """Which of these reads lie in images of sizes [B, 2]: bool [B, rows, columns, kernel**2].
+
+    tops: the first image row that each row of windows reads, int [rows].
+    """
+    lefts = 4 * jnp.arange(columns) - (kernel - 1) // 2
+    inside = []
+    for axis, starts in enumerate((tops, lefts)):
+        at = (starts[:, None] + jnp.arange(kernel)[None])[None]
+        inside.append((at >= 0) & (at < sizes[:, axis, None, None]))
+    rows, lefts = inside[0][:, :, None, :, None], inside[1][:, None, :, None, :]
+    both = rows & lefts
+    return both.reshape(*both.shape[:3], kernel * kernel)

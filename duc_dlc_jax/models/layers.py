@@ -65,8 +65,7 @@ class Conv(nn.Module):
     """k x k convolution with explicit symmetric padding d (k - 1) / 2, as PyTorch pads.
 
     (`SAME` pads stride-2 kernels differently on even sizes.) An output grid has ceil(size / stride)
-    cells. Where the windows do not overlap (kernel <= stride, and 1x1), the convolution is written
-    as one matrix product, which every backend runs and differentiates well.
+    cells. A 1x1 is written as a matrix product, which every backend runs and differentiates well.
 
     `valid_sizes`: from the grid (h, w) to int32 [B, 2] (`valid_sizes` below); cells beyond these
     are set to 0 before a kernel larger than 1 reads them, as if the image ended there.
@@ -82,18 +81,26 @@ class Conv(nn.Module):
     valid_sizes: Callable[[Sequence[int]], jax.Array] | None = None
 
     @nn.compact
+    def weights(self, channels: int) -> tuple[jax.Array, jax.Array | None]:
+        """Kernel [k, k, channels, features] and bias [features] or None, in the parameters' dtype.
+
+        For callers that compose convolutions before they run them.
+        """
+        wide, features = parameter_dtype(self.dtype), self.features
+        shape = (self.kernel, self.kernel, channels, features)
+        kernel = self.param("kernel", self.init, shape, wide)
+        if not self.bias:
+            return kernel, None
+        return kernel, self.param("bias", nn.initializers.zeros, (features,), wide)
+
     def __call__(self, x: jax.Array) -> jax.Array:
-        shape = (self.kernel, self.kernel, x.shape[-1], self.features)
-        kernel = self.param("kernel", self.init, shape, parameter_dtype(self.dtype))
+        kernel, bias = self.weights(x.shape[-1])
         x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
         if self.valid_sizes is not None and self.kernel > 1:
             x = zero_beyond(x, self.valid_sizes(x.shape[1:3]))
         if self.kernel == 1:
             x = x[:, :: self.stride, :: self.stride]
             y = jax.lax.dot_general(x, kernel[0, 0], (((3,), (0,)), ((), ())))
-        elif self.kernel <= self.stride:
-            windows = separate_windows(x, self.kernel, self.stride)
-            y = jnp.einsum("bhiwjc,ijcf->bhwf", windows, kernel)
         else:
             pad = self.dilation * (self.kernel - 1) // 2
             y = jax.lax.conv_general_dilated(
@@ -104,26 +111,9 @@ class Conv(nn.Module):
                 rhs_dilation=(self.dilation, self.dilation),
                 dimension_numbers=("NHWC", "HWIO", "NHWC"),
             )
-        if self.bias:
-            shape, wide = (self.features,), parameter_dtype(self.dtype)
-            bias = self.param("bias", nn.initializers.zeros, shape, wide)
+        if bias is not None:
             y = y + bias.astype(self.dtype)[None, None, None]
         return y
-
-
-def separate_windows(x: jax.Array, kernel: int, stride: int) -> jax.Array:
-    """[B, H, W, C] -> windows [B, ceil(H / s), k, ceil(W / s), k, C] of a k x k, stride s >= k."""
-    pad = (kernel - 1) // 2
-    batch, height, width, channels = x.shape
-    rows, columns = -(-height // stride), -(-width // stride)
-    ends = rows * stride - height - pad, columns * stride - width - pad  # negative: cut off
-    x = jax.lax.pad(
-        x,
-        jnp.zeros((), x.dtype),
-        ((0, 0, 0), (pad, ends[0], 0), (pad, ends[1], 0), (0, 0, 0)),
-    )
-    x = x.reshape(batch, rows, stride, columns, stride, channels)
-    return x[:, :, :kernel, :, :kernel]
 
 
 def max_pool(x: jax.Array) -> jax.Array:
@@ -174,63 +164,82 @@ class BatchNorm(nn.Module):
     dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def scale_and_shift(self, x: jax.Array, kernel: jax.Array | None = None):
+        """What normalises x [B, H, W, C]: factors [G, C] and offsets [G, C], float32 or wider.
+
+        With `kernel` [D, C] what is normalised is the 1x1 convolution x @ kernel of x [B, H, W, D];
+        its statistics follow from the first and second moments of x, without computing it. Updates
+        the running statistics. G is 1 with running statistics.
+        """
         wide = parameter_dtype(self.dtype)
-        channels = x.shape[-1]
+        channels = x.shape[-1] if kernel is None else kernel.shape[-1]
         scale = self.param("scale", nn.initializers.ones, (channels,), wide)
         bias = self.param("bias", nn.initializers.zeros, (channels,), wide)
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,), wide)
         running_var = self.variable("batch_stats", "var", jnp.ones, (channels,), wide)
         if self.use_running_average:
             mean, var = running_mean.value[None], running_var.value[None]
-            return self._affine(x[None], mean, var, scale, bias)[0]
-
-        groups = 1 if self.is_initializing() else self.groups
-        grouped = x.reshape(groups, -1, *x.shape[1:])
-        values = grouped.astype(wide)
-        if self.valid_sizes is None:
-            mean, var, batch_mean, batch_var = self._statistics(values)
         else:
-            grid = x.shape[1:3]
-            mask = cells_within(self.valid_sizes(grid), grid).reshape(*grouped.shape[:-1], 1)
-            mean, var, batch_mean, batch_var = self._masked_statistics(values, mask)
-        if not self.is_initializing():
-            keep = self.momentum
-            running_mean.value = keep * running_mean.value + (1 - keep) * batch_mean
-            running_var.value = keep * running_var.value + (1 - keep) * batch_var
-        return self._affine(grouped, mean, var, scale, bias).reshape(x.shape)
+            mean, var, batch_mean, batch_var = self._statistics(x, kernel)
+            if not self.is_initializing():
+                keep = self.momentum
+                running_mean.value = keep * running_mean.value + (1 - keep) * batch_mean
+                running_var.value = keep * running_var.value + (1 - keep) * batch_var
+        factor = scale[None] * jax.lax.rsqrt(var + self.epsilon)
+        return factor, bias[None] - factor * mean
 
-    def _statistics(self, values):
-        """values [G, B / G, H, W, C] -> mean and variance of each group [G, C] and of all [C].
+    def __call__(self, x: jax.Array) -> jax.Array:
+        factor, shift = self.scale_and_shift(x)
+        y = x.reshape(len(factor), -1, *x.shape[1:])
+        y = (y * factor[:, None, None, None] + shift[:, None, None, None]).astype(self.dtype)
+        return y.reshape(x.shape)
 
-        The variance of all is the one to store, biased or not.
+    def _statistics(self, x, kernel):
+        """Mean and variance of each group [G, C] and of the whole batch [C].
+
+        The variance of the batch is the one to store, biased or not.
         """
-        mean = values.mean((1, 2, 3))
-        var = jnp.maximum((values * values).mean((1, 2, 3)) - mean * mean, 0)
-        count = values[0].size // values.shape[-1]
-        unbiased = self.running_variance == "unbiased"
-        stored = var * (count / max(count - 1, 1)) if unbiased else var
-        return mean, var, mean.mean(0), stored.mean(0) + mean.var(0)
-
-    def _masked_statistics(self, values, mask):
-        """As `_statistics`, of the cells where mask, bool [G, B / G, H, W, 1], holds."""
+        groups = 1 if self.is_initializing() else self.groups
+        values = x.reshape(groups, -1, *x.shape[1:]).astype(parameter_dtype(self.dtype))
+        if self.valid_sizes is None:
+            count = values[0].size // values.shape[-1]
+            mean, var = _mean_and_variance(values, kernel, lambda v: v.mean((1, 2, 3)))
+            batch_mean = mean.mean(0)
+            batch_var = self._stored(var, count).mean(0) + mean.var(0)
+            return mean, var, batch_mean, batch_var
+        grid = x.shape[1:3]
+        mask = cells_within(self.valid_sizes(grid), grid).reshape(*values.shape[:-1], 1)
         mask = mask | ~mask.any((1, 2, 3), keepdims=True)
         count = mask.sum((1, 2, 3)).astype(values.dtype)  # [G, 1]
-        values = jnp.where(mask, values, 0)
-        mean = values.sum((1, 2, 3)) / count
-        var = jnp.maximum((values * values).sum((1, 2, 3)) / count - mean * mean, 0)
-        unbiased = self.running_variance == "unbiased"
-        stored = var * (count / jnp.maximum(count - 1, 1)) if unbiased else var
+        mean, var = _mean_and_variance(
+            jnp.where(mask, values, 0), kernel, lambda v: v.sum((1, 2, 3)) / count
+        )
         share = count / count.sum()
         batch_mean = (share * mean).sum(0)
-        batch_var = (share * (stored + (mean - batch_mean[None]) ** 2)).sum(0)
-        return mean, var, batch_mean, batch_var
+        spread = self._stored(var, count) + (mean - batch_mean[None]) ** 2
+        return mean, var, batch_mean, (share * spread).sum(0)
 
-    def _affine(self, x, mean, var, scale, bias):
-        """x: [groups, B / groups, H, W, C]; mean and var: [groups, C]; scale and bias: [C]."""
-        factor = scale[None] * jax.lax.rsqrt(var + self.epsilon)
-        shift = bias[None] - factor * mean
-        return (x * factor[:, None, None, None] + shift[:, None, None, None]).astype(self.dtype)
+    def _stored(self, var, count):
+        unbiased = self.running_variance == "unbiased"
+        return var * (count / jnp.maximum(count - 1, 1)) if unbiased else var
+
+
+def _mean_and_variance(values, kernel, mean_of):
+    """Mean and variance [G, C] of values [G, B / G, H, W, C], or of values @ kernel [D, C].
+
+    mean_of: [G, B / G, H, W, N] -> [G, N], over the cells that count. For y = x W:
+    E[y] = E[x] W and Var[y_c] = sum_ij W_ic W_jc Cov[x_i, x_j].
+    """
+    mean = mean_of(values)
+    if kernel is None:
+        return mean, jnp.maximum(mean_of(values * values) - mean * mean, 0)
+    channels, exact = values.shape[-1], jax.lax.Precision.HIGHEST
+    products = values[..., :, None] * values[..., None, :]
+    second = mean_of(products.reshape(*values.shape[:-1], channels * channels))
+    covariance = second.reshape(-1, channels, channels) - mean[:, :, None] * mean[:, None, :]
+    kernel = kernel.astype(values.dtype)
+    var = jnp.einsum("gij,ic,jc->gc", covariance, kernel, kernel, precision=exact)
+    return jnp.dot(mean, kernel, precision=exact), jnp.maximum(var, 0)
 
 
 def interpolation_matrix(size_in: int, size_out: int, grid: str, step: float) -> np.ndarray:
