@@ -5,6 +5,7 @@ Everything is computed from shapes; nothing is compiled and no data set is neede
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections import defaultdict
@@ -36,18 +37,38 @@ def parameters(model: segmenter.Segmenter) -> dict[str, int]:
     }
 
 
-def _convolutions(model: segmenter.Segmenter, height: int, width: int) -> list[tuple]:
-    """Returns (part, numbers in the output, weights of one of them) of each convolution."""
+@dataclasses.dataclass(frozen=True)
+class Convolution:
+    """A convolution of one image: where it is, and how many numbers it reads, has and writes."""
+
+    path: tuple[str, ...]
+    inputs: int
+    weights: int
+    outputs: int
+    macs: int
+
+
+def convolutions(model: segmenter.Segmenter, height: int, width: int) -> list[Convolution]:
+    """The convolutions of an image of height x width in order, as the paper has them.
+
+    (Those of g(I) are on the whole image; what `DUC` computes instead is in `benchmark.floor`.)
+    """
     found = []
 
     def note(call, args, kwargs, context):
-        output = call(*args, **kwargs)
-        if isinstance(context.module, Conv) and context.method_name == "__call__":
-            fan_in = context.module.kernel**2 * args[0].shape[-1]
-            found.append((context.module.path[0], math.prod(output.shape), fan_in))
-        if isinstance(context.module, DUC) and context.method_name == "__call__":
-            counts = context.module.guidance_convolutions(*args[0].shape[1:3])
-            found.extend((context.module.path[0], *count) for count in counts)
+        output, module = call(*args, **kwargs), context.module
+        if context.method_name == "__call__":
+            if isinstance(module, Conv):
+                inputs, outputs = math.prod(args[0].shape), math.prod(output.shape)
+                fan_in = module.kernel**2 * args[0].shape[-1]
+                weights = fan_in * module.features
+                found.append(Convolution(module.path, inputs, weights, outputs, outputs * fan_in))
+            if isinstance(module, DUC):
+                for name, (inputs, outputs, fan_in, weights) in module.guidance_convolutions(
+                    *args[0].shape[1:3]
+                ).items():
+                    path = (*module.path, name)
+                    found.append(Convolution(path, inputs, weights, outputs, outputs * fan_in))
         return output
 
     image = jax.ShapeDtypeStruct((1, height, width, 3), jnp.uint8)
@@ -63,8 +84,8 @@ def macs(model: segmenter.Segmenter, height: int, width: int) -> dict[str, int]:
     Resizes are not counted (x2 for FLOPs).
     """
     counts: dict[str, int] = defaultdict(int)
-    for part, outputs, fan_in in _convolutions(model, height, width):
-        counts[part] += outputs * fan_in
+    for convolution in convolutions(model, height, width):
+        counts[convolution.path[0]] += convolution.macs
     return dict(counts)
 
 
@@ -75,7 +96,7 @@ def activation_bytes(model: segmenter.Segmenter, height: int, width: int) -> int
     what XLA's compiled steps needed on a CPU (14 and 50 layers, 8 to 60 classes, 128 to 256
     pixels).
     """
-    outputs = sum(outputs for _, outputs, _ in _convolutions(model, height, width))
+    outputs = sum(c.outputs for c in convolutions(model, height, width))
     logits = model.num_classes * height * width
     return 3 * outputs * jnp.dtype(model.dtype).itemsize + 5 * 4 * logits
 

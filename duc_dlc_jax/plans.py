@@ -24,8 +24,9 @@ from typing import Any
 import jax
 import ml_collections
 
-from duc_dlc_jax import benchmark, describe, sharding
 from duc_dlc_jax import config as config_lib
+from duc_dlc_jax import describe, sharding
+from duc_dlc_jax.benchmark import model as speed
 from duc_dlc_jax.data.folders import Inspection
 from duc_dlc_jax.models import pretrained, segmenter
 from duc_dlc_jax.progress import clock
@@ -243,9 +244,9 @@ def step_seconds(plan: Plan) -> float | None:
     flops = 6 * sum(describe.macs(model, size, size).values()) * config.train.batch_size
     if flops > (1e12 if plan.machine.is_cpu else 1e14):
         return None
-    data, variables = benchmark.random_batch(config, plan.classes), init_variables(model, 0)
+    data, variables = speed.random_batch(config, plan.classes), init_variables(model, 0)
     try:
-        return benchmark.time_train_step(config, model, mesh, variables, data, 1)[0]
+        return speed.time_train_step(config, model, mesh, variables, data, 1)[0]
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

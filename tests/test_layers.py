@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from duc_dlc_jax.models import layers
-from networks import jit
 
 # Resizing
 

@@ -61,16 +61,20 @@ class DUC(nn.Module):
         a, b = jnp.split(from_guidance + from_low, 2, axis=-1)
         return jnp.concatenate([a * guidance + b, middle], axis=-1)
 
-    def guidance_convolutions(self, height: int, width: int) -> list[tuple[int, int]]:
-        """(numbers in the output, weights of one) of the three convolutions of G~, one image.
+    def guidance_convolutions(self, height: int, width: int) -> dict[str, tuple[int, ...]]:
+        """Numbers read, numbers written, weights of one, weights of G~'s convolutions, one image.
 
         As the paper has them, on the whole image; `_strided` computes less.
         """
         height, width = (-(-n // self.guidance_stride) for n in (height, width))
         pixels, cells = height * width, -(-height // 4) * -(-width // 4)
         channels, taps = self.guidance_width, self.guidance_kernel**2
-        first, second = (pixels * channels, 3), (pixels * channels, channels)
-        return [first, second, (cells * self.width, taps * channels)]
+        values, fan_in = pixels * channels, taps * channels
+        return {
+            "g_conv1": (pixels * 3, values, 3, 3 * channels),
+            "g_conv2": (values, values, channels, channels**2),
+            "guidance_conv": (values, cells * self.width, fan_in, fan_in * self.width),
+        }
 
     def _resize(self, x, size: Sequence[int], step: float, axes: Sequence[int] = (0, 1)):
         return resize_bilinear(x, size, self.grid, step, self.valid_sizes, axes)

@@ -7,6 +7,7 @@ compute dtype is float64); activations have the compute dtype.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -102,18 +103,70 @@ class Conv(nn.Module):
             x = x[:, :: self.stride, :: self.stride]
             y = jax.lax.dot_general(x, kernel[0, 0], (((3,), (0,)), ((), ())))
         else:
-            pad = self.dilation * (self.kernel - 1) // 2
-            y = jax.lax.conv_general_dilated(
-                x,
-                kernel,
-                (self.stride, self.stride),
-                ((pad, pad), (pad, pad)),
-                rhs_dilation=(self.dilation, self.dilation),
-                dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            )
+            y = convolve(x, kernel, self.stride, self.dilation)
         if bias is not None:
             y = y + bias.astype(self.dtype)[None, None, None]
         return y
+
+
+WEIGHT_GRADIENTS = ("compiler", "taps", "columns")
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def convolve(
+    x: jax.Array,
+    kernel: jax.Array,
+    stride: int,
+    dilation: int,
+    weight_gradient: str = "compiler",
+) -> jax.Array:
+    """x [B, H, W, C] and kernel [k, k, C, D] -> [B, ceil(H / s), ceil(W / s), D], padded as `Conv`.
+
+    weight_gradient: how the kernel's gradient is computed; the same sums in other orders.
+      "compiler": as the convolution that XLA makes of it.
+      "taps": k * k matrix products, of the input as each position of the kernel reads it.
+      "columns": one matrix product of these inputs side by side.
+    """
+    pad = dilation * (kernel.shape[0] - 1) // 2
+    return jax.lax.conv_general_dilated(
+        x,
+        kernel,
+        (stride, stride),
+        ((pad, pad), (pad, pad)),
+        rhs_dilation=(dilation, dilation),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+
+
+def _convolve_forward(x, kernel, stride, dilation, weight_gradient):
+    return convolve(x, kernel, stride, dilation, weight_gradient), (x, kernel)
+
+
+def _convolve_backward(stride, dilation, weight_gradient, saved, dy):
+    x, kernel = saved
+    plain = functools.partial(
+        convolve.__wrapped__, stride=stride, dilation=dilation, weight_gradient=""
+    )
+    (dx,) = jax.vjp(lambda x: plain(x, kernel), x)[1](dy)
+    if weight_gradient == "compiler":
+        return dx, jax.vjp(lambda k: plain(x, k), kernel)[1](dy)[0]
+    k, pad = kernel.shape[0], dilation * (kernel.shape[0] - 1) // 2
+    padded = jnp.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+    ends = [stride * (n - 1) + 1 for n in dy.shape[1:3]]
+    read = [
+        padded[:, i : i + ends[0] : stride, j : j + ends[1] : stride]
+        for i in range(0, k * dilation, dilation)
+        for j in range(0, k * dilation, dilation)
+    ]
+    over_cells = (((0, 1, 2), (0, 1, 2)), ((), ()))
+    if weight_gradient == "taps":
+        taps = [jax.lax.dot_general(tap, dy, over_cells) for tap in read]
+        return dx, jnp.stack(taps).reshape(kernel.shape)
+    columns = jnp.concatenate(read, -1)
+    return dx, jax.lax.dot_general(columns, dy, over_cells).reshape(kernel.shape)
+
+
+convolve.defvjp(_convolve_forward, _convolve_backward)
 
 
 def max_pool(x: jax.Array) -> jax.Array:

@@ -12,7 +12,7 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-from duc_dlc_jax.benchmark_input import one_core, write_files
+from duc_dlc_jax.benchmark.inputs import one_core, write_files
 from duc_dlc_jax.data import codec, photos
 from duc_dlc_jax.data.records import Box, Records, open_records
 from duc_dlc_jax.data.transforms import Augmentation, train_transform

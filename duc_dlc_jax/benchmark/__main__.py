@@ -1,0 +1,186 @@
+"""`python -m duc_dlc_jax.benchmark --what=train,infer --config=configs/X.py`: speed.
+
+train  the training step: all devices, donated state, random uint8 pictures of the crop size
+infer  the labelling of one image of --size (the crop's without) on one device
+input  crops/s of one core from prepared records, beside PyTorch's DataLoader; --synthetic draws
+       the images; --formats compares ways to store them instead
+fed    training steps fed by the input pipeline beside steps that get one batch again and again
+layers dilated convolutions: output, input gradient, weight gradient in each way there is
+
+train and infer need no data. They say which share of the layer-wise floor is reached, with
+--profile where the time of a step goes, and with --peer=torch how PyTorch does the same network in
+alternating rounds of the same run.
+
+With `--evaluate=1024x2048` it times instead how one image of this size is labelled by `--protocol`,
+and says the most memory that the process had: start a process for each figure.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+from ml_collections import config_flags
+
+from duc_dlc_jax import cli, protocols
+from duc_dlc_jax import config as config_lib
+from duc_dlc_jax.benchmark import formats, inputs, layers, model
+from duc_dlc_jax.benchmark.peer import Peer
+from duc_dlc_jax.data import photos
+from duc_dlc_jax.models import segmenter
+
+KINDS = ("train", "infer", "input", "fed", "layers")
+
+
+def show_rates(what: str, r: dict[str, Any]) -> None:
+    """Prints what `model.train` or `model.infer` returned."""
+    size = "x".join(map(str, r["image"]))
+    speed = f"{r['images_per_second']:.1f} images/s, {r['flop_per_second'] / 1e12:.3f} TFLOP/s"
+    share = f"{100 * r['floor_share']:.0f}% of the layer-wise floor"
+    print(
+        f"{what}, batch {r['batch_size']}, {size}: {1000 * r['seconds']:.1f} ms, {speed}, {share}"
+    )
+    if "peak_bytes_per_device" in r:
+        print(
+            f"memory of the training step: {r['peak_bytes_per_device'] / 2**20:,.0f} MiB per device"
+        )
+    if "peer" in r:
+        peer = r["peer"]
+        for way, rounds in peer["rounds"].items():
+            print(f"  PyTorch, {way}: {1000 * float(np.median(rounds)):.1f} ms")
+        for way, reason in peer["failed"].items():
+            print(f"  PyTorch, {way}: failed: {reason}")
+        if peer["ratios"]:
+            pairs = ", ".join(f"{ratio:.2f}" for ratio in peer["ratios"])
+            print(f"  PyTorch's time over ours: {peer['ratio']:.2f} (pairs: {pairs})")
+    for row in r.get("profile", ()):
+        least = r["floor_by_group"].get(row["group"], 0)
+        print(
+            f"  {row['group']:<12}{row['direction']:<10}{1e3 * row['seconds']:>9.3f} ms"
+            f"{row['kernels']:>8.0f} kernels   (group's floor {1e3 * least:.3f} ms)"
+        )
+
+
+def rates(args: Any, kinds: list[str]) -> dict[str, Any]:
+    """Runs and prints `train` and `infer`."""
+    size = parsed_size("size", args.size) if args.size else None
+    work, result = model.Work(args.config, size), {}
+    print("{devices} x {device}, {dtype}, {classes} classes, JAX {jax}".format(**work.conditions()))
+    with contextlib.ExitStack() as stack:
+        peer = None
+        if args.peer:
+            image = np.random.default_rng(0).integers(0, 256, (1, *work.size, 3), np.uint8)
+            data = model.random_batch(args.config, work.classes)
+            peer = stack.enter_context(contextlib.closing(Peer(work, data, image, args.threads)))
+            print(f"PyTorch {peer.version}: logits differ by {peer.difference:.1e} (relative)")
+            result["peer"] = {"torch": peer.version, "difference": peer.difference}
+        if "train" in kinds:
+            result["train"] = model.train(work, args.steps, args.rounds, peer, args.profile)
+            show_rates("train", result["train"])
+        if "infer" in kinds:
+            result["infer"] = model.infer(work, args.steps, args.rounds, peer)
+            show_rates("infer", result["infer"])
+    return work.conditions() | result
+
+
+def show_fed(result: dict[str, Any]) -> None:
+    per_second = result["images_per_second"]
+    print("{devices} x {device}".format(**result))
+    print(
+        f"fed by records {per_second['records']:.1f} images/s, "
+        f"by one batch {per_second['one_batch']:.1f}"
+    )
+    print(f"ratio {result['ratio']:.3f}, by CPU time {result['cpu_ratio']:.3f}")
+
+
+def measure_input(args: Any) -> dict[str, Any]:
+    """Runs and prints `input`."""
+    conditions = inputs.conditions()
+    with tempfile.TemporaryDirectory() as folder:
+        if args.formats:
+            stored = formats.compare(args.config, args.steps, args.seconds)
+            result = {"formats": stored}
+            formats.show(stored)
+        else:
+            if args.synthetic:
+                photos.prepare_photos(args.config.data.name, Path(folder), inputs.IMAGES)
+                args.config.data.dir, args.config.data.train_split = folder, "train"
+            result = inputs.compare(args.config, args.steps, args.seconds)
+            inputs.show(result)
+    return result | conditions
+
+
+def measure_layers(args: Any) -> dict[str, Any]:
+    """Runs and prints `layers`."""
+    config = args.config
+    rows = layers.table(config.model.dtype, config.train.batch_size, args.steps)
+    print(f"{jax.devices()[0].device_kind}, {config.model.dtype}, batch {config.train.batch_size}")
+    layers.show(rows)
+    return {"layers": rows, "device": jax.devices()[0].device_kind}
+
+
+def parsed_size(flag: str, text: str) -> tuple[int, int]:
+    height, x, width = text.partition("x")
+    if not (x and height.isdigit() and width.isdigit()):
+        raise config_lib.ConfigError(f"--{flag}={text}; it is HEIGHTxWIDTH, 1024x2048")
+    return int(height), int(width)
+
+
+def measure_evaluation(args: Any) -> dict[str, Any]:
+    """Runs and prints `--evaluate`."""
+    protocols.select(args.config, args.protocol, args.set)
+    result = model.evaluation(args.config, parsed_size("evaluate", args.evaluate), args.steps)
+    print("{device}, image {image}, {classes} classes: {protocol}".format(**result))
+    print("{seconds:.2f} s, {images_per_second:.3f} images/s; programs {programs}".format(**result))
+    print(f"most memory of the process: {result['peak_process_bytes'] / 2**30:.2f} GiB")
+    if result["peak_device_bytes"]:
+        print(f"most memory of the device: {result['peak_device_bytes'] / 2**30:.2f} GiB")
+    return result
+
+
+def main(_) -> None:
+    args = flags.FLAGS
+    segmenter.enable_dtype(args.config.model)
+    result: dict[str, Any] = {}
+    if args.evaluate:
+        result = measure_evaluation(args)
+    else:
+        if unknown := set(args.what) - set(KINDS):
+            raise config_lib.ConfigError(f"--what={','.join(unknown)}; allowed: {', '.join(KINDS)}")
+        if "layers" in args.what:
+            result |= measure_layers(args)
+        if {"train", "infer"} & set(args.what):
+            result |= rates(args, args.what)
+        if "input" in args.what:
+            result |= measure_input(args)
+        if "fed" in args.what:
+            fed = model.fed(args.config, args.steps) | inputs.conditions()
+            show_fed(fed)
+            result |= {"fed": fed}
+    if args.json:
+        Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    config_flags.DEFINE_config_file("config", None, "Configuration, see configs/.")
+    flags.DEFINE_list("what", ["train", "infer"], f"What is timed, of {', '.join(KINDS)}.")
+    flags.DEFINE_integer("steps", 5, "Calls of a round; rounds with --what=input.", 1)
+    flags.DEFINE_integer("rounds", 5, "Rounds of train and infer.", 1)
+    flags.DEFINE_string("size", "", "HEIGHTxWIDTH of the image that infer labels.")
+    flags.DEFINE_enum("peer", "", ["", "torch"], "Also time PyTorch, in alternating rounds.")
+    flags.DEFINE_integer("threads", 0, "Of PyTorch's; 0: its own choice.", 0)
+    flags.DEFINE_bool("profile", False, "Also say where the time of a training step goes.")
+    flags.DEFINE_float("seconds", 4.0, "Of a round with --what=input.", 0.0)
+    flags.DEFINE_bool("synthetic", False, "With --what=input: draw images like the data set's.")
+    flags.DEFINE_bool("formats", False, "With --what=input: ways to store a 2048x1024 image.")
+    flags.DEFINE_string("evaluate", "", "Time the labelling of an image of HEIGHTxWIDTH instead.")
+    protocols.define_flags()
+    flags.DEFINE_string("json", "", "Also write the figures to this file.")
+    flags.mark_flags_as_required(["config"])
+    cli.run(main)

@@ -1,0 +1,93 @@
+"""Dilated convolutions one by one: output, input gradient and weight gradient, beside PyTorch.
+
+The weight gradient comes in the ways that `models.layers` has: the compiler's, and matrix products
+of shifted inputs.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from duc_dlc_jax.benchmark.timing import seconds_per_call
+from duc_dlc_jax.models import layers
+
+# (channels in, channels out, side of the grid, dilation): DLC's branches at 1/8 of 480 pixels, the
+# convolution of I_l, the dilated stages of output stride 16 and 8, layer1..4 at output stride 32.
+SHAPES = [
+    *((128, 128, 60, d) for d in (3, 6, 12, 18)),
+    (2048, 512, 15, 2),
+    (512, 512, 30, 2),
+    (256, 256, 60, 2),
+    (512, 512, 60, 4),
+    (64, 64, 120, 1),
+    (128, 128, 60, 1),
+    (256, 256, 30, 1),
+    (512, 512, 15, 1),
+]
+
+
+def arrays(shape: tuple[int, ...], batch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Input [B, s, s, C], kernel [3, 3, C, D] and the output's gradient [B, s, s, D], float32."""
+    channels, features, side, _ = shape
+    rng = np.random.default_rng(0)
+    sizes = ((batch, side, side, channels), (3, 3, channels, features))
+    sizes += ((batch, side, side, features),)
+    x, kernel, dy = (rng.standard_normal(size, np.float32) for size in sizes)
+    return x, kernel / np.sqrt(9 * channels).astype(np.float32), dy
+
+
+def functions(dilation: int) -> dict[str, Callable[..., jax.Array]]:
+    """(x, kernel, dy) -> one result each; the input's and the weights' gradients use only two."""
+
+    def convolve(x, kernel):
+        return layers.convolve(x, kernel, 1, dilation, "compiler")
+
+    def weights(way):
+        def gradient(x, kernel, dy):
+            _, back = jax.vjp(lambda w: layers.convolve(x, w, 1, dilation, way), kernel)
+            return back(dy)[0]
+
+        return gradient
+
+    return {
+        "forward": lambda x, kernel, dy: convolve(x, kernel),
+        "input gradient": lambda x, kernel, dy: jax.vjp(lambda v: convolve(v, kernel), x)[1](dy)[0],
+        **{f"weight gradient, {way}": weights(way) for way in layers.WEIGHT_GRADIENTS},
+    }
+
+
+def table(dtype: Any, batch: int, steps: int, shapes: Any = None) -> list[dict[str, Any]]:
+    """Rows {shape, flop, seconds of each function, error}; see `functions`.
+
+    error: largest relative difference (Frobenius) of the ways to compute the weight gradient.
+    """
+    rows = []
+    for shape in shapes or SHAPES:
+        x, kernel, dy = (jnp.asarray(a, dtype) for a in arrays(shape, batch))
+        row: dict[str, Any] = {"shape": list(shape), "flop": 2 * 9 * x.size * shape[1]}
+        gradients = []
+        for name, function in functions(shape[3]).items():
+            jitted = jax.jit(function)
+            row[name] = seconds_per_call(functools.partial(jitted, x, kernel, dy), steps)
+            if name.startswith("weight"):
+                gradients.append(np.asarray(jitted(x, kernel, dy), np.float64))
+        first = np.linalg.norm(gradients[0])
+        row["error"] = max(float(np.linalg.norm(g - gradients[0]) / first) for g in gradients)
+        rows.append(row)
+    return rows
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    names = [n for n in rows[0] if n not in ("shape", "flop", "error")]
+    print(f"{'in, out, side, dilation':<26}" + "".join(f"{n[-20:]:>24}" for n in names))
+    for row in rows:
+        figures = "".join(
+            f"{1e3 * row[n]:>10.3f} ms {row['flop'] / row[n] / 1e12:>6.1f} TF" for n in names
+        )
+        print(f"{', '.join(map(str, row['shape'])):<26}{figures}")

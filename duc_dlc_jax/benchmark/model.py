@@ -1,0 +1,279 @@
+"""The training step and the labelling of an image, timed on random pictures."""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+
+from duc_dlc_jax import config as config_lib
+from duc_dlc_jax import describe, protocols, sharding
+from duc_dlc_jax import optimizer as optimizers
+from duc_dlc_jax.benchmark import floor, profile
+from duc_dlc_jax.benchmark.peer import Peer
+from duc_dlc_jax.benchmark.timing import WARM_UP, median_seconds
+from duc_dlc_jax.data.labels import IGNORE
+from duc_dlc_jax.data.records import find_spec, open_records
+from duc_dlc_jax.inference import Labeller
+from duc_dlc_jax.models import segmenter
+from duc_dlc_jax.train_step import create_state, init_variables, make_train_step
+
+Size = tuple[int, int]
+
+
+class Work:
+    """What a benchmark of `config` needs once: network, variables, floor, and the peer if asked.
+
+    Raises ConfigError where the batch does not divide over the devices.
+    """
+
+    def __init__(self, config: ml_collections.ConfigDict, size: Size | None = None):
+        config_lib.validate(config)
+        self.config, self.mesh = config, sharding.data_mesh()
+        sharding.check_batch(config.train.batch_size, self.mesh.size)
+        self.classes = find_spec(config.data).num_classes
+        self.model = segmenter.create(config.model, self.classes, self.mesh.size)
+        self.variables = init_variables(self.model, config.seed)
+        side = config.data.crop_size
+        self.crop, self.size = (side, side), size or (side, side)  # of training, of inference
+        self.ceilings = floor.ceilings(config.model.dtype)
+
+    def rates(self, what: str, seconds: list[float]) -> dict[str, Any]:
+        """Images/s, FLOP/s and share of the floor of rounds that took `seconds` per call.
+
+        FLOPs are 2 per multiply-add of the convolutions (`describe.macs`), 3 times that in
+        training.
+        """
+        training, median = what == "train", statistics.median(seconds)
+        images = self.config.train.batch_size if training else 1
+        size = self.crop if training else self.size
+        flops = (6 if training else 2) * sum(describe.macs(self.model, *size).values())
+        layers = floor.executed(self.model, *size)
+        itemsize = np.dtype(self.model.dtype).itemsize
+        devices = self.mesh.size if training else 1
+        least = floor.seconds(layers, images / devices, itemsize, self.ceilings, training)
+        return {
+            "batch_size": images,
+            "image": list(size),
+            "seconds": median,
+            "rounds": seconds,
+            "images_per_second": images / median,
+            "flop_per_second": flops * images / median,
+            "floor_seconds": sum(least.values()),
+            "floor_share": sum(least.values()) / median,
+            "floor_by_group": least,
+        }
+
+    def conditions(self) -> dict[str, Any]:
+        return {
+            "device": self.mesh.devices.flat[0].device_kind,
+            "devices": self.mesh.size,
+            "dtype": self.config.model.dtype,
+            "classes": self.classes,
+            "jax": jax.__version__,
+            "ceilings": self.ceilings,
+        }
+
+
+def random_batch(config: ml_collections.ConfigDict, classes: int) -> dict[str, np.ndarray]:
+    """A training batch of the configuration's sizes with random pixels, see `make_train_step`."""
+    rng, size, batch = np.random.default_rng(0), config.data.crop_size, config.train.batch_size
+    image = rng.integers(0, 256, (batch, size, size, 3)).astype(np.uint8)
+    label = rng.integers(0, classes, image.shape[:3]).astype(np.uint8)
+    return {"image": image, "label": label, "valid": np.full((batch, 2), size, np.int32)}
+
+
+def time_train_step(config, model, mesh, variables, data, steps: int) -> tuple[float, int]:
+    """Median seconds of `steps` training steps, and the bytes per device of one as compiled.
+
+    With train.steps set it is the program that training runs: a compilation cache keeps it.
+    """
+    step = Step(config, model, mesh, variables, data, steps + WARM_UP)
+    return median_seconds(step, steps), step.peak_bytes
+
+
+class Step:
+    """A compiled training step that goes on from its own state at each call."""
+
+    def __init__(self, config, model, mesh, variables, data, steps: int):
+        optimizer = optimizers.create(config.optimizer, config.train.steps or steps)
+        state = create_state(model, optimizer, config, variables)
+        self._state = jax.device_put(state, sharding.replicated(mesh))
+        self._data = jax.device_put(data, sharding.batched(mesh))
+        jitted = sharding.jit_train_step(make_train_step(model, optimizer, config), mesh)
+        start = time.perf_counter()
+        self.compiled = jitted.lower(self._state, self._data).compile()
+        self.compile_seconds = time.perf_counter() - start
+        m: Any = self.compiled.memory_analysis()
+        used = m.argument_size_in_bytes + m.output_size_in_bytes + m.temp_size_in_bytes
+        self.peak_bytes = used - m.alias_size_in_bytes
+
+    def __call__(self) -> Any:
+        self._state, metrics = self.compiled(self._state, self._data)
+        return metrics
+
+
+def train(
+    work: Work, steps: int, rounds: int, peer: Peer | None = None, trace: bool = False
+) -> dict[str, Any]:
+    """The training step on all devices: `rounds` of `steps` steps, alternating with the peer's.
+
+    trace: also where the time goes, by layer group, forward and backward, from a profile.
+    """
+    config = work.config
+    data = random_batch(config, work.classes)
+    total = (rounds + 2) * steps
+    step = Step(config, work.model, work.mesh, work.variables, data, total)
+    seconds, theirs = _rounds(step, steps, rounds, peer, "train")
+    result = work.rates("train", seconds) | theirs
+    result |= {"peak_bytes_per_device": step.peak_bytes, "compile_seconds": step.compile_seconds}
+    if trace:
+        times = profile.trace(step, 3)
+        names = profile.instructions(step.compiled.as_text())
+        result["profile"] = profile.by_group(times, names)
+        result["slowest"] = profile.slowest(times, names, 40)
+    return result
+
+
+def infer(work: Work, steps: int, rounds: int, peer: Peer | None = None) -> dict[str, Any]:
+    """One image to train ids on one device, as `predict` and `evaluate` do it, whole."""
+    mesh = sharding.data_mesh(jax.local_devices()[:1])
+    protocol = protocols.Protocol(grid=work.model.resize_grid)
+    labeller = Labeller(work.model, protocol, mesh)
+    variables = jax.device_put(work.variables, sharding.replicated(mesh))
+    images = np.random.default_rng(0).integers(0, 256, (1, *work.size, 3), np.uint8)
+    labels = np.full((1, *work.size), IGNORE, np.uint8)
+
+    def label() -> Any:
+        return labeller(variables, images, labels, [work.size])[1]
+
+    seconds, theirs = _rounds(label, steps, rounds, peer, "infer")
+    return work.rates("infer", seconds) | theirs
+
+
+def _rounds(
+    call: Callable[[], Any], steps: int, rounds: int, peer: Peer | None, what: str
+) -> tuple[list[float], dict[str, Any]]:
+    """Seconds per call of each round; and the peer's, with the ratio of each pair of rounds."""
+
+    def timed() -> float:
+        start = time.perf_counter()
+        for _ in range(steps):
+            result = call()
+        jax.block_until_ready(result)
+        return (time.perf_counter() - start) / steps
+
+    timed()  # compiles, warms up
+    ways = peer.ways(what) if peer else []
+    ours: list[float] = []
+    theirs: dict[str, list[float]] = {way: [] for way in ways}
+    for _ in range(rounds):
+        ours.append(timed())
+        for way in ways:
+            theirs[way].append(peer.seconds(what, way, steps))  # pyright: ignore
+    if peer is None:
+        return ours, {}
+    fastest = min(theirs, key=lambda way: statistics.median(theirs[way])) if theirs else None
+    pairs = [t / o for t, o in zip(theirs[fastest], ours, strict=True)] if fastest else []
+    return ours, {
+        "peer": {
+            "rounds": theirs,
+            "fastest": fastest,
+            "failed": peer.failed,
+            "ratios": pairs,
+            "ratio": statistics.median(pairs) if pairs else None,
+            "peak_bytes": peer.peak_bytes,
+        }
+    }
+
+
+def evaluation(config: ml_collections.ConfigDict, size: tuple[int, int], steps: int = 1) -> dict:
+    """Seconds to label one image of `size` by config.eval on one device, and the peak memory.
+
+    The memory is that of the whole process since its start, compilation and all, in bytes; on an
+    accelerator also the most of its memory in use.
+    """
+    config_lib.validate(config)
+    protocol = protocols.Protocol.from_config(config)
+    mesh = sharding.data_mesh(jax.local_devices()[:1])
+    model = segmenter.create(config.model, find_spec(config.data).num_classes)
+    variables = jax.device_put(init_variables(model, config.seed), sharding.replicated(mesh))
+    labeller, padded = Labeller(model, protocol, mesh), protocol.padded_size(size)
+    images = np.random.default_rng(0).integers(0, 256, (1, *padded, 3), np.uint8)
+    labels = np.full((1, *padded), IGNORE, np.uint8)
+    seconds = median_seconds(lambda: labeller(variables, images, labels, [size]), steps, 1)
+    device = mesh.devices.flat[0]
+    return {
+        "device": device.device_kind,
+        "image": list(size),
+        "classes": model.num_classes,
+        "protocol": protocol.sentence(),
+        "seconds": seconds,
+        "images_per_second": 1 / seconds,
+        "programs": labeller.programs(),
+        "peak_process_bytes": peak_memory(),
+        "peak_device_bytes": (device.memory_stats() or {}).get("peak_bytes_in_use"),
+    }
+
+
+def peak_memory() -> int:
+    """Bytes of the most memory this process had (on Linux: getrusage would count its parent's)."""
+    status = Path("/proc/self/status")
+    if not status.is_file():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS counts in bytes
+    (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
+
+
+def fed(config: ml_collections.ConfigDict, steps: int, rounds: int = 5) -> dict[str, Any]:
+    """Images/s of `config`'s training on prepared records, and with one batch kept on the devices.
+
+    Alternating rounds of `steps` steps of the same compiled program; medians and their ratio, by
+    the clock and by this process's CPU time (which other programs on the machine do not disturb).
+    """
+    from duc_dlc_jax import train as training  # late: 150 MB that --evaluate would count
+
+    config_lib.validate(config)
+    mesh = sharding.data_mesh()
+    sharding.check_batch(config.train.batch_size, mesh.size)
+    records = open_records(config.data, config.data.train_split)
+    model = segmenter.create(config.model, records.spec.num_classes, mesh.size)
+    optimizer = optimizers.create(config.optimizer, 2 * (rounds + 1) * steps)
+    state = create_state(model, optimizer, config, init_variables(model, config.seed))
+    state = jax.device_put(state, sharding.replicated(mesh))
+    step = sharding.jit_train_step(make_train_step(model, optimizer, config), mesh)
+    batches = training.device_batches(config, records, 0, (rounds + 1) * steps + 1, mesh)
+    kept = next(batches)
+    seconds: dict[str, list[float]] = {"records": [], "one_batch": []}
+    cpu: dict[str, list[float]] = {"records": [], "one_batch": []}
+    with contextlib.closing(batches):
+        for _ in range(rounds + 1):
+            for source, times in seconds.items():
+                start, used = time.perf_counter(), time.process_time()
+                for _ in range(steps):
+                    state, metrics = step(state, next(batches) if source == "records" else kept)
+                jax.block_until_ready((state, metrics))
+                times.append(time.perf_counter() - start)
+                cpu[source].append(time.process_time() - used)
+    images = steps * config.train.batch_size
+    rates = {  # the first round compiles
+        source: [images / t for t in times[1:]] for source, times in seconds.items()
+    }
+    medians = {source: statistics.median(values) for source, values in rates.items()}
+    return {
+        "device": mesh.devices.flat[0].device_kind,
+        "devices": mesh.size,
+        "images_per_second": medians,
+        "rounds": rates,
+        "ratio": medians["records"] / medians["one_batch"],
+        "cpu_ratio": statistics.median(cpu["one_batch"][1:])
+        / statistics.median(cpu["records"][1:]),
+    }
