@@ -68,6 +68,8 @@ class Conv(nn.Module):
     cells. Where the windows do not overlap (kernel <= stride, and 1x1), the convolution is written
     as one matrix product, which every backend runs and differentiates well.
 
+    `groups`: of channels that do not see each other; with as many as channels it is depthwise.
+
     `valid_sizes`: from the grid (h, w) to int32 [B, 2] (`valid_sizes` below); cells beyond these
     are set to 0 before a kernel larger than 1 reads them, as if the image ended there.
     """
@@ -76,6 +78,7 @@ class Conv(nn.Module):
     kernel: int = 1
     stride: int = 1
     dilation: int = 1
+    groups: int = 1
     bias: bool = False
     init: Any = head_init
     dtype: Dtype = jnp.float32
@@ -83,15 +86,15 @@ class Conv(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        shape = (self.kernel, self.kernel, x.shape[-1], self.features)
+        shape = (self.kernel, self.kernel, x.shape[-1] // self.groups, self.features)
         kernel = self.param("kernel", self.init, shape, parameter_dtype(self.dtype))
         x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
         if self.valid_sizes is not None and self.kernel > 1:
             x = zero_beyond(x, self.valid_sizes(x.shape[1:3]))
-        if self.kernel == 1:
+        if self.kernel == 1 and self.groups == 1:
             x = x[:, :: self.stride, :: self.stride]
             y = jax.lax.dot_general(x, kernel[0, 0], (((3,), (0,)), ((), ())))
-        elif self.kernel <= self.stride:
+        elif self.kernel <= self.stride and self.groups == 1:
             windows = separate_windows(x, self.kernel, self.stride)
             y = jnp.einsum("bhiwjc,ijcf->bhwf", windows, kernel)
         else:
@@ -103,6 +106,7 @@ class Conv(nn.Module):
                 ((pad, pad), (pad, pad)),
                 rhs_dilation=(self.dilation, self.dilation),
                 dimension_numbers=("NHWC", "HWIO", "NHWC"),
+                feature_group_count=self.groups,
             )
         if self.bias:
             shape, wide = (self.features,), parameter_dtype(self.dtype)
@@ -309,6 +313,21 @@ def cells_within(sizes: jax.Array, grid: Sequence[int]) -> jax.Array:
 def zero_beyond(x: jax.Array, sizes: jax.Array) -> jax.Array:
     """[B, H, W, C] with the cells at or beyond sizes, int32 [B, 2], set to 0."""
     return jnp.where(cells_within(sizes, x.shape[1:3]), x, 0)
+
+
+def mean_of_valid(
+    x: jax.Array, valid_sizes: Callable[[Sequence[int]], jax.Array] | None
+) -> jax.Array:
+    """Mean over the grid, of the valid cells where `valid_sizes` says them: [B, 1, 1, C].
+
+    Summed in float32 or wider; x's dtype.
+    """
+    wide = x.astype(parameter_dtype(x.dtype))
+    if valid_sizes is None:
+        return wide.mean((1, 2), keepdims=True).astype(x.dtype)
+    sizes = valid_sizes(x.shape[1:3])
+    total = zero_beyond(wide, sizes).sum((1, 2), keepdims=True)
+    return (total / sizes.prod(1)[:, None, None, None]).astype(x.dtype)
 
 
 def interpolation_positions(
