@@ -23,6 +23,16 @@ CHOICES = {
     "model.stride_on": ("3x3", "1x1"),
     "model.output_stride": (32, 16, 8),
     "model.resize_grid": ("corners", "stride"),
+    "model.upsampling": (
+        "duc",
+        "none",
+        "bilinear",
+        "dupsampling",
+        "guided_filter",
+        "pixel_shuffle",
+        "jpu",
+    ),
+    "model.context": ("dlc", "none", "fcn", "aspp", "dense_aspp", "ccl", "psp"),
     "model.guidance_kernel": (3, 5),
     "model.guidance_stride": (1, 2),
     "model.dtype": ("float32", "bfloat16", "float64"),
@@ -71,7 +81,9 @@ def default() -> ml_collections.ConfigDict:
     c.model.stride_on = "3x3"  # which convolution of a stage's first block strides: 3x3 or 1x1
     c.model.output_stride = 32  # 32, 16 or 8 [I]
     c.model.resize_grid = "corners"  # corners (align_corners=True [C]) or stride [I]
-    c.model.duc_width = 512  # channels of G~, I~, a, b and O [I]
+    c.model.upsampling = "duc"  # or what the paper compares it with: docs/network.md
+    c.model.context = "dlc"  # likewise
+    c.model.duc_width = 512  # channels of G~, I~, a, b and O [I]; of I~ and JPU elsewhere
     c.model.duc_dilation = 2  # of the 3x3 on I_l [I]
     c.model.guidance_width = 64  # channels of g(I) [I]
     c.model.guidance_kernel = 3  # stride-4 convolution on G_h: 3; 5 covers every pixel [I]
@@ -80,6 +92,9 @@ def default() -> ml_collections.ConfigDict:
     c.model.dlc_width = 512  # channels after DLC's first 1x1 [I]
     c.model.dlc_growth = 128  # channels of each dilated branch [I]
     c.model.dlc_rates = (3, 6, 12, 18)
+    c.model.context_width = 0  # of contexts other than DLC; 0 = as published
+    c.model.context_rates = ()  # of aspp, dense_aspp and ccl; () = as published
+    c.model.dupsampling_width = 64  # numbers per cell that DUpsampling's W reads
     c.model.dropout = 0.1  # of whole channels, before the classifier [C]
     c.model.aux_head = False  # FCN head on layer3 [C]
     c.model.dtype = "float32"  # compute: float32, bfloat16, float64; parameters stay float32
@@ -160,12 +175,15 @@ def validate(config: ml_collections.ConfigDict) -> None:
     for name in positive:
         if not values[name] > 0:
             raise ConfigError(f"{name}={values[name]}; it must be positive")
+    if values["model.context_width"] < 0 or values["model.context_width"] % 4:
+        width = values["model.context_width"]
+        raise ConfigError(f"model.context_width={width}; allowed: multiples of 4, 0 as published")
     if not 0 <= values["data.class_uniform_share"] <= 1:
         share = values["data.class_uniform_share"]
         raise ConfigError(f"data.class_uniform_share={share}; allowed: 0..1")
     if not values["eval.scales"]:
         raise ConfigError("eval.scales=(); it must hold positive numbers")
-    for name in ("eval.scales", "eval.pad_sides"):
+    for name in ("eval.scales", "eval.pad_sides", "model.context_rates"):
         if not min(values[name], default=1) > 0:
             raise ConfigError(f"{name}={values[name]}; it must hold positive numbers")
     if values["data.scale_max"] < values["data.scale_min"]:

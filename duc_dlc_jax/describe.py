@@ -22,14 +22,14 @@ from duc_dlc_jax import cli
 from duc_dlc_jax import config as config_lib
 from duc_dlc_jax import optimizer as optimizers
 from duc_dlc_jax.data.records import find_spec
-from duc_dlc_jax.models import segmenter
+from duc_dlc_jax.models import registry, segmenter
 from duc_dlc_jax.models.duc import DUC
 from duc_dlc_jax.models.layers import Conv
 from duc_dlc_jax.train_step import create_state
 
 
 def parameters(model: segmenter.Segmenter) -> dict[str, int]:
-    """Number of parameters per part: backbone, duc, dlc, classifier (and aux_*)."""
+    """Number of parameters per part: backbone, upsampling, context, classifier (and aux_*)."""
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 64, 64, 3), jnp.uint8))
     return {
         part: sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
@@ -60,7 +60,7 @@ def convolutions(model: segmenter.Segmenter, height: int, width: int) -> list[Co
         if context.method_name == "__call__":
             if isinstance(module, Conv):
                 inputs, outputs = math.prod(args[0].shape), math.prod(output.shape)
-                fan_in = module.kernel**2 * args[0].shape[-1]
+                fan_in = module.kernel**2 * args[0].shape[-1] // module.groups
                 weights = fan_in * module.features
                 found.append(Convolution(module.path, inputs, weights, outputs, outputs * fan_in))
             if isinstance(module, DUC):
@@ -110,10 +110,14 @@ def receptive_field(rates) -> list[int]:
     return fields
 
 
-def grids(height: int, width: int, output_stride: int) -> dict[str, tuple[int, int]]:
+def grids(
+    height: int, width: int, output_stride: int, upsampling: str = "duc"
+) -> dict[str, tuple[int, int]]:
     """Cells of each grid for an image of height x width: ceil(size / stride)."""
-    strides = {"image": 1, "layer1 (1/4)": 4, "layer2, DUC, DLC (1/8)": 8}
+    strides = {"image": 1, "layer1 (1/4)": 4, "layer2 (1/8)": 8}
     strides[f"layer4 (1/{output_stride})"] = output_stride
+    stride = registry.context_stride(upsampling, output_stride)
+    strides[f"context (1/{stride})"] = stride
     return {name: (-(-height // s), -(-width // s)) for name, s in strides.items()}
 
 
@@ -133,16 +137,18 @@ def describe(config: ml_collections.ConfigDict) -> dict[str, Any]:
     config_lib.validate(config)
     spec, size = find_spec(config.data), config.data.crop_size
     model = segmenter.create(config.model, spec.num_classes)
-    return {
+    figures = {
         "data set": spec.name,
         "classes": spec.num_classes,
         "parameters": parameters(model),
         "image": [size, size],
         "macs": macs(model, size, size),
-        "grids": grids(size, size, config.model.output_stride),
-        "receptive_field_dlc": receptive_field(config.model.dlc_rates),
+        "grids": grids(size, size, config.model.output_stride, config.model.upsampling),
         "train_state_bytes": state_bytes(config, model),
     }
+    if config.model.context == "dlc":
+        figures["receptive_field_dlc"] = receptive_field(config.model.dlc_rates)
+    return figures
 
 
 def text(d: dict[str, Any]) -> str:
@@ -155,8 +161,9 @@ def text(d: dict[str, Any]) -> str:
     total = sum(d["macs"].values()) / 1e9
     rows.append(f"{'total':<16}{sum(d['parameters'].values()):>14,}{total:>10.2f}")
     rows += [f"grid of {name}: {h} x {w}" for name, (h, w) in d["grids"].items()]
-    fields = " -> ".join(map(str, d["receptive_field_dlc"]))
-    rows.append(f"receptive field of DLC's cascade: {fields} cells of 1/8")
+    if "receptive_field_dlc" in d:
+        fields, grid = " -> ".join(map(str, d["receptive_field_dlc"])), list(d["grids"])[-1]
+        rows.append(f"receptive field of DLC's cascade: {fields} cells of the grid of {grid}")
     rows.append(f"train state: {d['train_state_bytes'] / 2**20:.0f} MiB")
     return "\n".join(rows)
 

@@ -42,7 +42,9 @@ class Evaluator:
         self._mesh = sharding.data_mesh(jax.local_devices())
         self._batch = batch_per_device * len(jax.local_devices())
         self._spec = spec
-        self.protocol = protocol or protocols.Protocol(grid=model.resize_grid)
+        self.protocol = protocol or protocols.Protocol(
+            grid=model.resize_grid, logit_stride=model.logit_stride
+        )
         self._labeller = Labeller(model, self.protocol, self._mesh)
         self._boundary = boundary
 

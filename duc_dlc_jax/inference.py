@@ -1,7 +1,7 @@
 """Labels of images by a protocol, on this process's devices, in few programs and bounded memory.
 
 Per batch of images of one padded size: windows are sampled from the images, the network says its
-logits on the 1/8 grid, and at the end all of them are read at every label pixel, tile by tile, so
+logits on its last grid, and at the end all of them are read at every label pixel, tile by tile, so
 that neither logits nor probabilities of a whole image exist at once.
 """
 

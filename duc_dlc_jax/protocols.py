@@ -21,6 +21,7 @@ from absl import flags
 
 from duc_dlc_jax import config as config_lib
 from duc_dlc_jax.config import ConfigError
+from duc_dlc_jax.models import registry
 
 SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
 PRESETS = {  # fields of config.eval; what is not named takes its default
@@ -38,7 +39,6 @@ PRESETS = {  # fields of config.eval; what is not named takes its default
     },
 }
 PRESET_FIELDS = ("mode", "scales", "flip", "average", "long_side")
-LOGIT_STRIDE = 8  # of the network's last grid, against its input
 
 Size = tuple[int, int]  # height and width in pixels
 
@@ -84,6 +84,7 @@ class Protocol:
     long_side: int = 0
     pad_sides: tuple[int, ...] = ()
     grid: str = "corners"
+    logit_stride: int = 8  # of the network's last grid, against its input
 
     @classmethod
     def from_config(cls, config: ml_collections.ConfigDict) -> Protocol:
@@ -106,6 +107,7 @@ class Protocol:
             settings.long_side,
             tuple(sorted(settings.pad_sides)),
             config.model.resize_grid,
+            registry.logit_stride(config.model.upsampling, config.model.output_stride),
         )
 
     @property
@@ -248,11 +250,11 @@ class Axis:
         weights = shares[None] * inside / inside.sum(0) * (np.arange(length) < self.size)
         offset = np.clip(offset, 0, extent - 1)
         sides = [offset, extent - 1 - offset] if protocol.flip else [offset]
-        cells = -(-extent // LOGIT_STRIDE)
+        cells = -(-extent // protocol.logit_stride)
         if protocol.grid == "corners":
             positions = np.stack(sides, 1) * (cells - 1) / max(extent - 1, 1)
         else:
-            positions = np.minimum(np.stack(sides, 1) / LOGIT_STRIDE, cells - 1)
+            positions = np.minimum(np.stack(sides, 1) / protocol.logit_stride, cells - 1)
         absent = [(0, count - len(starts))]
         return (
             np.pad(positions, absent + [(0, 0)] * 3),

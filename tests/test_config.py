@@ -198,7 +198,11 @@ HANDED_ON = {
         ("data/transforms.py", "self"),
         ("data/transforms.py", "config"),
     },
-    "model": {("models/segmenter.py", "self"), ("models/segmenter.py", "model")},
+    "model": {
+        ("models/segmenter.py", "self"),
+        ("models/segmenter.py", "model"),
+        ("models/registry.py", "net"),
+    },
     "optimizer": {("optimizer.py", "config")},
     "eval": {("protocols.py", "settings")},
 }

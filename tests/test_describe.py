@@ -43,7 +43,7 @@ def test_figures(demo):
     classes, width = printed["classes"], 64 + 4 * 32
     assert printed["data set"] == "scenes"
     assert printed["image"] == [160, 160]
-    assert list(printed["grids"].values()) == [[160, 160], [40, 40], [20, 20], [5, 5]]
+    assert list(printed["grids"].values()) == [[160, 160], [40, 40], [20, 20], [5, 5], [20, 20]]
     assert printed["receptive_field_dlc"] == [7, 19, 43, 79]
     assert set(printed["parameters"]) == {"backbone", "duc", "dlc", "classifier"}
     assert printed["parameters"]["classifier"] == (width + 1) * classes
@@ -70,7 +70,10 @@ def test_text_has_the_same_figures(demo):
     work = next(line for line in lines if line.startswith("total")).split()[-1]
     assert work == f"{sum(printed['macs'].values()) / 1e9:.2f}"
     assert "grid of layer4 (1/32): 5 x 5" in lines
-    assert "receptive field of DLC's cascade: 7 -> 19 -> 43 -> 79 cells of 1/8" in lines
+    cascade = (
+        "receptive field of DLC's cascade: 7 -> 19 -> 43 -> 79 cells of the grid of context (1/8)"
+    )
+    assert cascade in lines
     assert lines[-1] == f"train state: {printed['train_state_bytes'] / 2**20:.0f} MiB"
 
 

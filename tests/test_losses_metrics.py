@@ -201,7 +201,7 @@ def test_scores_count_beyond_int32():
 def test_matrices_of_the_images_are_summed_in_int64(monkeypatch):
     evaluate = pytest.importorskip("duc_dlc_jax.evaluate")
     spec = label_spec("camvid")
-    evaluator = evaluate.Evaluator(SimpleNamespace(resize_grid="corners"), spec)
+    evaluator = evaluate.Evaluator(SimpleNamespace(resize_grid="corners", logit_stride=8), spec)
     most = np.iinfo(np.int32).max
     one = np.full((spec.num_classes, spec.num_classes), most, np.int32)
     predictions = np.zeros((1, 2, 2), np.uint8)

@@ -34,7 +34,7 @@ def test_grids_have_ceil_of_size_over_stride_cells(output_stride, size):
     assert [o.shape[1:3] for o in outputs] == expected
     assert [o.shape[-1] for o in outputs] == [32, 64, 128, 256]
     grids = list(describe.grids(*size, output_stride).values())
-    assert grids == [size, expected[0], expected[1], expected[3]]
+    assert grids == [size, expected[0], expected[1], expected[3], expected[1]]
     logits = jax.eval_shape(model.init_with_output, jax.random.key(0), image)[0]
     assert logits.shape == (2, *size, 5)
 

@@ -46,11 +46,11 @@ def functions(dilation: int) -> dict[str, Callable[..., jax.Array]]:
     """(x, kernel, dy) -> one result each; the input's and the weights' gradients use only two."""
 
     def convolve(x, kernel):
-        return layers.convolve(x, kernel, 1, dilation, "compiler")
+        return layers.convolve(x, kernel, 1, dilation, 1, "compiler")
 
     def weights(way):
         def gradient(x, kernel, dy):
-            _, back = jax.vjp(lambda w: layers.convolve(x, w, 1, dilation, way), kernel)
+            _, back = jax.vjp(lambda w: layers.convolve(x, w, 1, dilation, 1, way), kernel)
             return back(dy)[0]
 
         return gradient

@@ -68,6 +68,8 @@ class Conv(nn.Module):
     (`SAME` pads stride-2 kernels differently on even sizes.) An output grid has ceil(size / stride)
     cells. A 1x1 is written as a matrix product, which every backend runs and differentiates well.
 
+    `groups`: of channels that do not see each other; with as many as channels it is depthwise.
+
     `valid_sizes`: from the grid (h, w) to int32 [B, 2] (`valid_sizes` below); cells beyond these
     are set to 0 before a kernel larger than 1 reads them, as if the image ended there.
     """
@@ -76,6 +78,7 @@ class Conv(nn.Module):
     kernel: int = 1
     stride: int = 1
     dilation: int = 1
+    groups: int = 1
     bias: bool = False
     init: Any = head_init
     dtype: Dtype = jnp.float32
@@ -88,7 +91,7 @@ class Conv(nn.Module):
         For callers that compose convolutions before they run them.
         """
         wide, features = parameter_dtype(self.dtype), self.features
-        shape = (self.kernel, self.kernel, channels, features)
+        shape = (self.kernel, self.kernel, channels // self.groups, features)
         kernel = self.param("kernel", self.init, shape, wide)
         if not self.bias:
             return kernel, None
@@ -99,11 +102,11 @@ class Conv(nn.Module):
         x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
         if self.valid_sizes is not None and self.kernel > 1:
             x = zero_beyond(x, self.valid_sizes(x.shape[1:3]))
-        if self.kernel == 1:
+        if self.kernel == 1 and self.groups == 1:
             x = x[:, :: self.stride, :: self.stride]
             y = jax.lax.dot_general(x, kernel[0, 0], (((3,), (0,)), ((), ())))
         else:
-            y = convolve(x, kernel, self.stride, self.dilation)
+            y = convolve(x, kernel, self.stride, self.dilation, self.groups)
         if bias is not None:
             y = y + bias.astype(self.dtype)[None, None, None]
         return y
@@ -112,15 +115,16 @@ class Conv(nn.Module):
 WEIGHT_GRADIENTS = ("compiler", "taps", "columns")
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
 def convolve(
     x: jax.Array,
     kernel: jax.Array,
     stride: int,
     dilation: int,
+    groups: int = 1,
     weight_gradient: str = "compiler",
 ) -> jax.Array:
-    """x [B, H, W, C] and kernel [k, k, C, D] -> [B, ceil(H / s), ceil(W / s), D], padded as `Conv`.
+    """x [B, H, W, C] and kernel [k, k, C / groups, D] -> [B, ceil(H / s), ceil(W / s), D].
 
     weight_gradient: how the kernel's gradient is computed; the same sums in other orders.
       "compiler": as the convolution that XLA makes of it.
@@ -135,20 +139,19 @@ def convolve(
         ((pad, pad), (pad, pad)),
         rhs_dilation=(dilation, dilation),
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=groups,
     )
 
 
-def _convolve_forward(x, kernel, stride, dilation, weight_gradient):
-    return convolve(x, kernel, stride, dilation, weight_gradient), (x, kernel)
+def _convolve_forward(x, kernel, *how):
+    return convolve(x, kernel, *how), (x, kernel)
 
 
-def _convolve_backward(stride, dilation, weight_gradient, saved, dy):
+def _convolve_backward(stride, dilation, groups, weight_gradient, saved, dy):
     x, kernel = saved
-    plain = functools.partial(
-        convolve.__wrapped__, stride=stride, dilation=dilation, weight_gradient=""
-    )
+    plain = functools.partial(convolve.__wrapped__, stride=stride, dilation=dilation, groups=groups)
     (dx,) = jax.vjp(lambda x: plain(x, kernel), x)[1](dy)
-    if weight_gradient == "compiler":
+    if weight_gradient == "compiler" or groups > 1:
         return dx, jax.vjp(lambda k: plain(x, k), kernel)[1](dy)[0]
     k, pad = kernel.shape[0], dilation * (kernel.shape[0] - 1) // 2
     padded = jnp.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
@@ -371,6 +374,21 @@ def cells_within(sizes: jax.Array, grid: Sequence[int]) -> jax.Array:
 def zero_beyond(x: jax.Array, sizes: jax.Array) -> jax.Array:
     """[B, H, W, C] with the cells at or beyond sizes, int32 [B, 2], set to 0."""
     return jnp.where(cells_within(sizes, x.shape[1:3]), x, 0)
+
+
+def mean_of_valid(
+    x: jax.Array, valid_sizes: Callable[[Sequence[int]], jax.Array] | None
+) -> jax.Array:
+    """Mean over the grid, of the valid cells where `valid_sizes` says them: [B, 1, 1, C].
+
+    Summed in float32 or wider; x's dtype.
+    """
+    wide = x.astype(parameter_dtype(x.dtype))
+    if valid_sizes is None:
+        return wide.mean((1, 2), keepdims=True).astype(x.dtype)
+    sizes = valid_sizes(x.shape[1:3])
+    total = zero_beyond(wide, sizes).sum((1, 2), keepdims=True)
+    return (total / sizes.prod(1)[:, None, None, None]).astype(x.dtype)
 
 
 def interpolation_positions(

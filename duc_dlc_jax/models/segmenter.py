@@ -1,4 +1,4 @@
-"""The whole network: ResNet -> DUC -> DLC -> classifier (figure 2)."""
+"""The whole network: ResNet -> DUC -> DLC -> classifier (figure 2), or others in their places."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import ml_collections
 
 from duc_dlc_jax.config import ConfigError
-from duc_dlc_jax.models import layers
-from duc_dlc_jax.models.dlc import DLC
-from duc_dlc_jax.models.duc import DUC
+from duc_dlc_jax.models import layers, registry
+from duc_dlc_jax.models.alternatives.dupsampling import DUpsampling
+from duc_dlc_jax.models.alternatives.guided_filter import GuidedFilter
 from duc_dlc_jax.models.resnet import ResNet
 
 
@@ -28,6 +28,8 @@ class Segmenter(nn.Module):
     stride_on: str
     output_stride: int
     resize_grid: str
+    upsampling: str
+    context: str
     duc_width: int
     duc_dilation: int
     guidance_width: int
@@ -37,6 +39,9 @@ class Segmenter(nn.Module):
     dlc_width: int
     dlc_growth: int
     dlc_rates: Sequence[int]
+    context_width: int
+    context_rates: Sequence[int]
+    dupsampling_width: int
     dropout: float
     aux_head: bool
     dtype: Any
@@ -66,8 +71,9 @@ class Segmenter(nn.Module):
         without padding. Training reads it with `bn_padding="masked"` alone, and raises ConfigError
         where it is missing then.
 
-        coarse (inference): logits on the 1/8 grid, [B, ceil(H / 8), ceil(W / 8), classes], and
-        nothing as large as the image is kept whole but the image itself.
+        coarse (inference): logits on their own grid, [B, ceil(H / s), ceil(W / s), classes] with
+        s = `logit_stride`, by default 8. Where it is not 1, nothing as large as the image is then
+        kept whole but the image itself.
         """
         masked = self.bn_padding == "masked" and train and not self.bn_frozen
         if masked and valid is None:
@@ -102,39 +108,44 @@ class Segmenter(nn.Module):
             valid_sizes=sizes,
             name="backbone",
         )
-        _, middle, layer3, low = backbone(image)
-        x = DUC(
-            self.duc_width,
-            self.duc_dilation,
-            self.guidance_width,
-            self.guidance_kernel,
-            self.guidance_stride,
-            self.commute_coefficients,
-            self.output_stride,
-            self.resize_grid,
-            conv=conv,
-            norm=norm,
-            slabs=coarse,
-            valid_sizes=sizes,
-            name="duc",
-        )(image, middle, low)
-        x = DLC(self.dlc_width, self.dlc_growth, self.dlc_rates, conv, norm, name="dlc")(x)
+        features = backbone(image)
+        x = registry.upsampled(self, image, features, conv, norm, slabs=coarse, valid_sizes=sizes)
+        drop = partial(nn.Dropout, deterministic=not train)
+        x = registry.context(self, conv, norm, drop, sizes)(x)
+
+        def drop_channels(x):
+            return drop(self.dropout, broadcast_dims=(1, 2))(x)
+
         if self.aux_head and (train or self.is_initializing()):
-            aux = conv(layer3.shape[-1] // 4, 3, name="aux_conv")(layer3)
+            aux = conv(features[2].shape[-1] // 4, 3, name="aux_conv")(features[2])
             aux = nn.relu(norm(name="aux_bn")(aux))
             stride = min(self.output_stride, 16)
-            aux = self._classify(aux, conv, train, "aux_classifier")
+            aux = self._classify(drop_channels(aux), conv, "aux_classifier")
             aux = resize(aux, images.shape[1:3], self.resize_grid, 1 / stride)
             self.sow("intermediates", "aux_logits", aux)
-        logits = self._classify(x, conv, train, "classifier")
-        if coarse:
+        if self.context != "aspp":  # which has its own, further up
+            x = drop_channels(x)
+        if self.upsampling == "dupsampling":
+            sides = self.num_classes, self.output_stride, self.dupsampling_width
+            return DUpsampling(*sides, conv, name="dupsampling")(x, images.shape[1:3])
+        logits = self._classify(x, conv, "classifier")
+        if coarse and self.upsampling != "guided_filter":
             return logits
-        return resize(logits, images.shape[1:3], self.resize_grid, 1 / 8)
+        stride = registry.context_stride(self.upsampling, self.output_stride)
+        logits = resize(logits, images.shape[1:3], self.resize_grid, 1 / stride)
+        if self.upsampling == "guided_filter":
+            module = GuidedFilter(self.guidance_width, conv, sizes, name="guided_filter")
+            return module(image, logits)
+        return logits
 
-    def _classify(self, x, conv, train, name):
-        x = nn.Dropout(self.dropout, broadcast_dims=(1, 2), deterministic=not train)(x)
+    def _classify(self, x, conv, name):
         logits = conv(self.num_classes, bias=True, name=name)(x)
         return logits.astype(layers.parameter_dtype(self.dtype))
+
+    @property
+    def logit_stride(self) -> int:
+        """Stride of the last grid against the image; see `registry.logit_stride`."""
+        return registry.logit_stride(self.upsampling, self.output_stride)
 
 
 def create(model: ml_collections.ConfigDict, num_classes: int, data_devices: int = 1) -> Segmenter:
@@ -148,6 +159,7 @@ def create(model: ml_collections.ConfigDict, num_classes: int, data_devices: int
     fields["bn_groups"] = data_devices if model.bn_groups == "device" else 1
     fields["dtype"] = jnp.dtype(model.dtype)
     fields["dlc_rates"] = tuple(model.dlc_rates)
+    fields["context_rates"] = tuple(model.context_rates)
     return Segmenter(num_classes=num_classes, **fields)
 
 

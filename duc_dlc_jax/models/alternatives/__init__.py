@@ -1,0 +1,1 @@
+"""What the paper compares DUC and DLC with, behind the interface of `models/registry.py`."""
