@@ -254,8 +254,8 @@ def _evaluation(args: Any) -> dict[str, Any]:
     height, x, width = args.evaluate.partition("x")
     if not (x and height.isdigit() and width.isdigit()):
         raise config_lib.ConfigError(f"--evaluate={args.evaluate}; it is HEIGHTxWIDTH, 1024x2048")
-    protocols.select(args.config, args.protocol, args.set)
-    result = evaluation(args.config, (int(height), int(width)), args.steps)
+    config = protocols.select(args.config, args.protocol, args.set)
+    result = evaluation(config, (int(height), int(width)), args.steps)
     _print_evaluation(result)
     return result
 

@@ -43,18 +43,34 @@ LOGIT_STRIDE = 8  # of the network's last grid, against its input
 Size = tuple[int, int]  # height and width in pixels
 
 
-def define_flags() -> None:
-    """The flags --protocol and --set, for `select`."""
-    flags.DEFINE_enum("protocol", "", ["", *PRESETS], "Default: the configuration's config.eval.")
+def define_flags(several: bool = False) -> None:
+    """The flags --protocol (of `several`: a list) and --set, for `select`."""
+    default = "Default: the configuration's config.eval."
+    if several:
+        names = f"One or several of {', '.join(PRESETS)}, separated by commas. {default}"
+        flags.DEFINE_list("protocol", [], names)
+        flags.register_validator("protocol", _are_presets)
+    else:
+        flags.DEFINE_enum("protocol", "", ["", *PRESETS], default)
     flags.DEFINE_multi_string("set", [], "FIELD=VALUE of config.eval, after the protocol.")
 
 
-def select(config: ml_collections.ConfigDict, preset: str, changes: Sequence[str]) -> None:
-    """Sets config.eval to a preset ("": as it is) and then to changes ("crop_size=713").
+def _are_presets(names: list[str]) -> bool:
+    if unknown := [name for name in names if name not in PRESETS]:
+        raise flags.ValidationError(f"no protocol {unknown[0]!r}; allowed: {', '.join(PRESETS)}")
+    if len(set(names)) < len(names):
+        raise flags.ValidationError(f"the same protocol twice: {', '.join(names)}")
+    return True
+
+
+def select(
+    config: ml_collections.ConfigDict, preset: str, changes: Sequence[str]
+) -> ml_collections.ConfigDict:
+    """A copy with config.eval of a preset ("": as it is) and then changes ("crop_size=713").
 
     Raises ConfigError for unknown fields and for values that they cannot have.
     """
-    default = config_lib.default().eval
+    config, default = config.copy_and_resolve_references(), config_lib.default().eval
     if preset:
         config.eval.update({name: default[name] for name in PRESET_FIELDS} | PRESETS[preset])
     for change in changes:
@@ -69,6 +85,7 @@ def select(config: ml_collections.ConfigDict, preset: str, changes: Sequence[str
                 f"{config.eval[name]!r} now"
             ) from error
     config_lib.validate(config)
+    return config
 
 
 @dataclasses.dataclass(frozen=True)

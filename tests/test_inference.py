@@ -146,7 +146,7 @@ def test_ade20k_compiles_at_most_12_programs():
         for image in images_of(*sizes):
             yield {"image": image, "label": np.zeros(image.shape[:2], np.uint8), "name": ""}
 
-    variables = jax.device_put(variables, sharding.replicated(evaluator._mesh))
+    variables = jax.device_put(variables, sharding.replicated(sharding.data_mesh()))
     with counted_compilations() as compiled:
         scores, _ = evaluator.run(variables, examples())
     assert scores["images"] == 200
@@ -193,7 +193,7 @@ def test_any_number_of_hosts_gives_the_same_figures_exactly(protocol):
         ),
     }[protocol]
     evaluator = evaluate.Evaluator(model, label_spec("camvid"), 2, chosen, boundary=True)
-    variables = jax.device_put(variables, sharding.replicated(evaluator._mesh))
+    variables = jax.device_put(variables, sharding.replicated(sharding.data_mesh()))
     rng = np.random.default_rng(0)
     examples = []
     for i, image in enumerate(images_of(*rng.integers(20, 49, (7, 2)).tolist())):

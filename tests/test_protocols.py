@@ -192,8 +192,8 @@ def test_a_protocol_states_itself():
     config = config_lib.load("configs/ade20k.py")
     sentences = {}
     for preset in protocols.PRESETS:
-        protocols.select(config, preset, [])
-        sentences[preset] = protocols.Protocol.from_config(config).sentence()
+        selected = protocols.select(config, preset, [])
+        sentences[preset] = protocols.Protocol.from_config(selected).sentence()
     window = "windows of 480 pixels at stride 320"
     assert sentences == {
         "single": "single scale, whole image at its own size, logits resized to the label",
@@ -213,7 +213,7 @@ def test_a_protocol_states_itself():
 
 def test_fields_can_follow_the_preset():
     config = config_lib.default()
-    protocols.select(config, "sliding", ["crop_size=713", "scales=(1.0, 2)"])
+    config = protocols.select(config, "sliding", ["crop_size=713", "scales=(1.0, 2)"])
     protocol = protocols.Protocol.from_config(config)
     assert (protocol.crop_size, protocol.stride, protocol.scales) == (713, 475, (1.0, 2))
     with pytest.raises(config_lib.ConfigError, match=r"eval\.crop; the nearest one is eval\.crop_"):
@@ -222,6 +222,6 @@ def test_fields_can_follow_the_preset():
         protocols.select(config, "", ["flip=maybe"])
     with pytest.raises(config_lib.ConfigError, match=r"eval\.scales=\(\); it must hold positive"):
         protocols.select(config, "", ["scales=()"])
-    protocols.select(config, "sliding", ["stride=900"])
+    config = protocols.select(config, "sliding", ["stride=900"])
     with pytest.raises(config_lib.ConfigError, match=r"eval\.stride=900; allowed: 1 to .* 713 "):
         protocols.Protocol.from_config(config)
