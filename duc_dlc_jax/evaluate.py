@@ -180,7 +180,7 @@ def main(_) -> None:
     evaluators = {}
     for name in names:
         config = protocols.select(run.config, name if args.protocol else "", args.set)
-        chosen = protocols.Protocol.from_config(config)
+        chosen = protocols.Protocol.from_config(config).planned(records.sizes())
         batch = config.eval.batch_size
         evaluators[name] = Evaluator(run.model, run.spec, batch, chosen, args.boundary)
     print(f"checkpoint of step {run.step} in {args.workdir}")

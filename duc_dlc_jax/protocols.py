@@ -13,14 +13,17 @@ from __future__ import annotations
 import ast
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 
 import ml_collections
 import numpy as np
 from absl import flags
 
 from duc_dlc_jax import config as config_lib
+from duc_dlc_jax import padding
 from duc_dlc_jax.config import ConfigError
+from duc_dlc_jax.padding import Size
 
 SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
 PRESETS = {  # fields of config.eval; what is not named takes its default
@@ -39,8 +42,6 @@ PRESETS = {  # fields of config.eval; what is not named takes its default
 }
 PRESET_FIELDS = ("mode", "scales", "flip", "average", "long_side")
 LOGIT_STRIDE = 8  # of the network's last grid, against its input
-
-Size = tuple[int, int]  # height and width in pixels
 
 
 def define_flags(several: bool = False) -> None:
@@ -90,7 +91,11 @@ def select(
 
 @dataclasses.dataclass(frozen=True)
 class Protocol:
-    """The fields of `config.eval` that decide a score, with the zeros resolved."""
+    """The fields of `config.eval` that decide a score, with the zeros resolved.
+
+    `canvases` and `inputs` are padded sizes of images and of the network's inputs, by `planned`;
+    like `pad_sides` they enter no result.
+    """
 
     mode: str = "whole"
     scales: tuple[float, ...] = (1.0,)
@@ -101,6 +106,8 @@ class Protocol:
     long_side: int = 0
     pad_sides: tuple[int, ...] = ()
     grid: str = "corners"
+    canvases: tuple[Size, ...] = ()
+    inputs: tuple[Size, ...] = ()
 
     @classmethod
     def from_config(cls, config: ml_collections.ConfigDict) -> Protocol:
@@ -124,6 +131,27 @@ class Protocol:
             tuple(sorted(settings.pad_sides)),
             config.model.resize_grid,
         )
+
+    def planned(self, sizes: Iterable[Size]) -> Protocol:
+        """With padded sizes chosen so that at most 12 programs hold the network, for these images.
+
+        Itself where no more are needed anyway. `pad_sides` go before planned canvases.
+        """
+        counts, plan = Counter(sizes), self
+        if not self.pad_sides and len(counts) > padding.MOST_PROGRAMS:
+            plan = dataclasses.replace(plan, canvases=padding.plan(counts, padding.MOST_PROGRAMS))
+        needed: Counter[Size] = Counter()
+        for size, images in counts.items():
+            for scale in self.scales:
+                needed[plan.window_size(plan.padded_size(size), scale)] += images
+        if self.direct or len(needed) <= padding.MOST_PROGRAMS:
+            return plan
+        return dataclasses.replace(plan, inputs=padding.plan(needed, padding.MOST_PROGRAMS))
+
+    @property
+    def pads(self) -> bool:
+        """Whether the network's inputs may be larger than what they show of an image."""
+        return bool(self.pad_sides or self.canvases or self.inputs) or self.mode == "sliding"
 
     @property
     def direct(self) -> bool:
@@ -157,10 +185,11 @@ class Protocol:
     def padded_size(self, size: Size) -> Size:
         """The size that programs are compiled for; the smallest of `pad_sides` on each side.
 
-        A side beyond all of them goes up to a multiple of the largest.
+        A side beyond all of them goes up to a multiple of the largest. Without `pad_sides` the
+        smallest canvas.
         """
         if not self.pad_sides:
-            return size
+            return padding.smallest(self.canvases, size)
         largest = self.pad_sides[-1]
         height, width = (
             min((s for s in self.pad_sides if s >= n), default=-(-n // largest) * largest)
@@ -181,7 +210,7 @@ class Protocol:
         """Size of the network's inputs for images of one padded size at a scale."""
         if self.mode != "whole":
             return self.crop_size, self.crop_size
-        return self._largest(padded, scale)
+        return padding.smallest(self.inputs, self._largest(padded, scale))
 
     def window_counts(self, padded: Size, scale: float) -> Size:
         """Windows along height and width that an image of this padded size has at most."""
@@ -189,7 +218,7 @@ class Protocol:
         return height, width
 
     def _largest(self, padded, scale):
-        if self.long_side and self.pad_sides:  # landscape or portrait
+        if self.long_side and (self.pad_sides or self.canvases):  # landscape or portrait
             return (math.ceil(self.long_side * scale),) * 2
         return self.scaled_size(padded, scale)
 

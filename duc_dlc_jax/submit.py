@@ -99,7 +99,7 @@ def main(_) -> None:
     args = flags.FLAGS
     run, records = open_run(args)
     config = protocols.select(run.config, args.protocol, args.set)
-    protocol = protocols.Protocol.from_config(config)
+    protocol = protocols.Protocol.from_config(config).planned(records.sizes())
     evaluator = Evaluator(run.model, run.spec, config.eval.batch_size, protocol)
     predictions = evaluator.predictions(run.variables, pipeline.eval_examples(records))
     count = write_archive(Path(args.output), run.spec, predictions)

@@ -74,11 +74,13 @@ def softmax(x):
 # Averages
 
 
-@GRIDS
-def test_multi_scale_is_the_mean_of_the_softmax(grid):
-    """Two images in one padded batch, in tiles, against each image by itself."""
+@pytest.mark.parametrize(("grid", "inputs"), [("corners", ()), ("stride", ((96, 128),))])
+def test_multi_scale_is_the_mean_of_the_softmax(grid, inputs):
+    """Two images in one padded batch, in tiles, against each image by itself; inputs padded too."""
     scales = (0.5, 1.25)
-    protocol = protocols.Protocol(scales=scales, flip=True, pad_sides=(64, 96), grid=grid)
+    protocol = protocols.Protocol(
+        scales=scales, flip=True, pad_sides=(64, 96), grid=grid, inputs=inputs
+    )
     images = images_of((60, 93), (64, 70))
     with jax.enable_x64(True), pytest.MonkeyPatch.context() as patch:
         patch.setattr(inference, "TILE", (40, 50))
