@@ -141,7 +141,7 @@ def default() -> ml_collections.ConfigDict:
     c.eval.crop_size = 0  # pixels of a window; 0 = data.crop_size
     c.eval.stride = 0  # pixels between windows; 0 = two thirds of the window [C]
     c.eval.long_side = 0  # pixels of the long side at scale 1; 0 = as it is; the code: 520 [C]
-    c.eval.pad_sides = ()  # sides to pad images to: a program per pair of them, not per size
+    c.eval.pad_sides = ()  # sides to pad images to; () = planned where there are more than 12 sizes
     return c.lock()
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,11 +12,11 @@ import numpy as np
 from absl import flags, logging
 from jax.experimental import multihost_utils
 
-from duc_dlc_jax import boundaries, cli, metrics, pictures, protocols, sharding, workdirs
+from duc_dlc_jax import boundaries, cli, metrics, pictures, progress, protocols, workdirs
 from duc_dlc_jax.data import pipeline
-from duc_dlc_jax.data.labels import IGNORE, LabelSpec
+from duc_dlc_jax.data.labels import LabelSpec
 from duc_dlc_jax.data.records import Records, open_records
-from duc_dlc_jax.inference import Labeller
+from duc_dlc_jax.labelling import Predictor
 from duc_dlc_jax.models.segmenter import Segmenter
 
 HEADLINE = ("PA", "mPA", "mIoU", "fwIoU", "final_score")
@@ -26,9 +25,8 @@ HEADLINE = ("PA", "mPA", "mIoU", "fwIoU", "final_score")
 class Evaluator:
     """Confusion matrix and scores of a network over a split.
 
-    Each process evaluates its own images on its own devices, in batches of one padded size (the
-    last batch is filled up with ignored pixels), and the integer counts are summed over the
-    processes at the end: the figures do not depend on the number of devices or hosts.
+    Each process evaluates its own images on its own devices, and the integer counts are summed over
+    the processes at the end: the figures do not depend on the number of devices or hosts.
     """
 
     def __init__(
@@ -39,14 +37,9 @@ class Evaluator:
         protocol: protocols.Protocol | None = None,
         boundary: bool = False,
     ):
-        self._mesh = sharding.data_mesh(jax.local_devices())
-        self._batch = batch_per_device * len(jax.local_devices())
-        self._spec = spec
-        self.protocol = protocol or protocols.Protocol(
-            grid=model.resize_grid, logit_stride=model.logit_stride
-        )
-        self._labeller = Labeller(model, self.protocol, self._mesh)
-        self._boundary = boundary
+        self._predictor = Predictor(model, protocol, batch_per_device)
+        self._spec, self._boundary = spec, boundary
+        self.protocol, self.programs = self._predictor.protocol, self._predictor.programs
 
     def run(
         self,
@@ -64,7 +57,7 @@ class Evaluator:
         classes = len(self._spec.classes)
         total, count, kept = np.zeros((classes, classes), np.int64), 0, []
         edges = np.zeros((classes, boundaries.COUNTS), np.int64)
-        for batch, matrix in self._labelled(variables, examples):
+        for batch, matrix in self._predictor.batches(variables, examples):
             total += np.asarray(matrix, np.int64)
             count += len(batch)
             for example in batch:
@@ -84,45 +77,8 @@ class Evaluator:
         self, variables: dict[str, Any], examples: Iterable[dict[str, Any]]
     ) -> Iterator[dict[str, Any]]:
         """The examples with their `prediction`, train ids uint8 [H, W]; in another order."""
-        for batch, _ in self._labelled(variables, examples):
+        for batch, _ in self._predictor.batches(variables, examples):
             yield from batch
-
-    def programs(self) -> dict[str, int]:
-        """Programs compiled so far; see `Labeller.programs`."""
-        return self._labeller.programs()
-
-    def _labelled(self, variables, examples):
-        """(batch with predictions, confusion matrix) of each batch."""
-        variables = sharding.local_copy(variables, self._mesh)
-        for batch in _batches_of_one_size(examples, self._batch, self.protocol.padded_size):
-            matrix, ids = self._predict(variables, batch)
-            for example, prediction in zip(batch, ids, strict=False):
-                height, width = example["label"].shape
-                example["prediction"] = prediction[:height, :width]
-            yield batch, matrix
-
-    def _predict(self, variables, batch):
-        padded = self.protocol.padded_size(batch[0]["label"].shape)
-        images = np.zeros((self._batch, *padded, 3), np.uint8)
-        labels = np.full((self._batch, *padded), IGNORE, np.uint8)
-        sizes = [e["label"].shape for e in batch]
-        for i, (example, (height, width)) in enumerate(zip(batch, sizes, strict=True)):
-            images[i, :height, :width] = example["image"]
-            labels[i, :height, :width] = example["label"]
-        sizes += sizes[:1] * (self._batch - len(batch))
-        matrix, ids = self._labeller(variables, images, labels, sizes)
-        return matrix, np.asarray(ids)
-
-
-def _batches_of_one_size(examples, batch_size, padded_size):
-    waiting = defaultdict(list)
-    for example in examples:
-        group = waiting[padded_size(example["label"].shape)]
-        group.append(dict(example))
-        if len(group) == batch_size:
-            yield list(group)
-            group.clear()
-    yield from (group for group in waiting.values() if group)
 
 
 def sum_over_processes(counts: np.ndarray) -> np.ndarray:
@@ -194,36 +150,68 @@ def scalars(scores: dict[str, Any], spec: LabelSpec) -> dict[str, float]:
 
 
 def open_run(args: Any) -> tuple[workdirs.Run, Records]:
-    """The run and the split that the flags name: workdir, checkpoint, protocol, data_dir, split."""
+    """The run and the split that the flags name: workdir, checkpoint, data_dir, split."""
     cli.use_compilation_cache(Path(args.workdir))
     run = workdirs.load(args.workdir, args.checkpoint)
-    protocols.select(run.config, args.protocol, args.set)
     data = run.config.data
     if args.data_dir:
         data.dir = args.data_dir
     return run, open_records(data, args.split or data.eval_split)
 
 
+def compared(results: dict[str, dict[str, Any]]) -> str:
+    """The headline figures of several protocols, a line each, as aligned text."""
+    columns = {name: name for name in HEADLINE} | {"final_score": "Final Score"}
+    rows = {name: [s[column] for column in HEADLINE] for name, s in results.items()}
+    titles = list(columns.values())
+    if all("boundary" in s for s in results.values()):
+        titles += ["boundary mIoU", "boundary mF"]
+        for name, s in results.items():
+            rows[name] += [s["boundary"]["mean_iou"], s["boundary"]["mean_f"]]
+    lines = [f"{'protocol':<24}" + "".join(f"{title:>14}" for title in titles)]
+    lines += [f"{n:<24}" + "".join(f"{x:>14.4f}" for x in row) for n, row in rows.items()]
+    return "\n".join(lines)
+
+
 def main(_) -> None:
     args = flags.FLAGS
     run, records = open_run(args)
-    examples = pipeline.eval_examples(records, jax.process_index(), jax.process_count())
-    protocol = protocols.Protocol.from_config(run.config)
-    batch = run.config.eval.batch_size
-    evaluator = Evaluator(run.model, run.spec, batch, protocol, args.boundary)
-    scores, kept = evaluator.run(run.variables, examples, args.pictures, args.absent)
+    names = args.protocol or ["config.eval"]
+    evaluators = {}
+    for name in names:
+        config = protocols.select(run.config, name if args.protocol else "", args.set)
+        chosen = protocols.Protocol.from_config(config).planned(records.sizes())
+        batch = config.eval.batch_size
+        evaluators[name] = Evaluator(run.model, run.spec, batch, chosen, args.boundary)
     print(f"checkpoint of step {run.step} in {args.workdir}")
-    print(table(scores, run.spec))
-    print("compiled: {network} programs with the network, {other} small".format(
-        **evaluator.programs()
-    ))  # fmt: skip
-    if args.json:
-        text = json.dumps({"step": run.step, **summary(scores, run.spec)}, indent=1)
-        Path(args.json).write_text(text + "\n")
-    if kept:
-        folder = Path(args.workdir) / "pictures" / f"evaluate-{run.step}"
-        pictures.write_triples(folder, kept, run.spec)
-        logging.info("pictures in %s", folder)
+    results = {}
+    for name, evaluator in evaluators.items():
+        examples = pipeline.eval_examples(records, jax.process_index(), jax.process_count())
+        share = range(jax.process_index(), len(records), jax.process_count())
+        examples = progress.shown(examples, len(share), "image", quiet=jax.process_index() > 0)
+        keep = 0 if results else args.pictures
+        results[name], kept = evaluator.run(run.variables, examples, keep, args.absent)
+        if len(names) > 1:
+            print(f"\n{name}")
+        print(table(results[name], run.spec))
+        print("compiled: {network} programs with the network, {other} small".format(
+            **evaluator.programs()
+        ), flush=True)  # fmt: skip
+        if kept:
+            folder = Path(args.workdir) / "pictures" / f"evaluate-{run.step}"
+            pictures.write_triples(folder, kept, run.spec)
+            logging.info("pictures in %s", folder)
+    if len(names) > 1:
+        print(f"\n{compared(results)}")
+    if args.json and jax.process_index() == 0:
+        write_json(Path(args.json), run, results)
+
+
+def write_json(path: Path, run: workdirs.Run, results: dict[str, dict[str, Any]]) -> None:
+    """The summary of one protocol; of several, each under its name in `protocols`."""
+    summaries = {name: summary(scores, run.spec) for name, scores in results.items()}
+    figures = {"protocols": summaries} if len(results) > 1 else next(iter(summaries.values()))
+    path.write_text(json.dumps({"step": run.step, **figures}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
@@ -231,7 +219,7 @@ if __name__ == "__main__":
     flags.DEFINE_string("checkpoint", "best", "best, latest or a step.")
     flags.DEFINE_string("split", "", "Default: the configuration's data.eval_split.")
     flags.DEFINE_string("data_dir", "", "Default: the configuration's data.dir.")
-    protocols.define_flags()
+    protocols.define_flags(several=True)
     flags.DEFINE_enum("absent", "skip", list(metrics.ABSENT), "Classes that occur nowhere.")
     flags.DEFINE_bool("boundary", False, "Also boundary IoU and boundary F-score.")
     flags.DEFINE_string("json", "", "Also write the figures to this file.")

@@ -73,7 +73,7 @@ class Labeller:
         """
         padded = images.shape[1], images.shape[2]
         if self.protocol.direct:
-            valid = np.asarray(sizes, np.int32) if self.protocol.pad_sides else None
+            valid = np.asarray(sizes, np.int32) if self.protocol.pads else None
             reads = self._reads(sizes, 1.0, padded)
             return self._direct(variables, *self._put((images, valid, reads, labels)))
         groups = self.groups(variables, images, sizes)
@@ -125,7 +125,7 @@ class Labeller:
             position, inside = (np.stack(part) for part in zip(*sources, strict=True))
             tables.append((*_split(position), inside))
         valid = None
-        if protocol.mode == "sliding" or (protocol.mode == "whole" and protocol.pad_sides):
+        if protocol.pads and protocol.mode != "source_code":  # its network sees the black
             extents = [[protocol.extent(axis.scaled) for axis in pair] for pair in axes]
             valid = np.asarray(extents, np.int32)
         tables, valid = self._put((tables, valid))

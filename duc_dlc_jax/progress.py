@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+T = TypeVar("T")
+LOG_EVERY = 30.0  # seconds between the lines of a log
 
 
 class Progress:
@@ -40,6 +45,19 @@ class Progress:
         if not self._quiet:
             self._stream.write(("\r\x1b[K" if self._stream.isatty() else "") + text + "\n")
             self._stream.flush()
+
+
+def shown(items: Iterable[T], total: int, unit: str, quiet: bool = False) -> Iterator[T]:
+    """The items, with the number that is done and the time left; in a log every 30 s."""
+    line, last = Progress(total, unit, quiet), time.monotonic()
+    for done, item in enumerate(items):
+        if done:
+            log = time.monotonic() - last > LOG_EVERY
+            line.show(done, "", log)
+            last = time.monotonic() if log else last
+        yield item
+    if total:
+        line.show(total, "", log=False)
 
 
 def clock(seconds: float) -> str:

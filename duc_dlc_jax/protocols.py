@@ -13,15 +13,18 @@ from __future__ import annotations
 import ast
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 
 import ml_collections
 import numpy as np
 from absl import flags
 
 from duc_dlc_jax import config as config_lib
+from duc_dlc_jax import padding
 from duc_dlc_jax.config import ConfigError
 from duc_dlc_jax.models import registry
+from duc_dlc_jax.padding import Size
 
 SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
 PRESETS = {  # fields of config.eval; what is not named takes its default
@@ -40,21 +43,35 @@ PRESETS = {  # fields of config.eval; what is not named takes its default
 }
 PRESET_FIELDS = ("mode", "scales", "flip", "average", "long_side")
 
-Size = tuple[int, int]  # height and width in pixels
 
-
-def define_flags() -> None:
-    """The flags --protocol and --set, for `select`."""
-    flags.DEFINE_enum("protocol", "", ["", *PRESETS], "Default: the configuration's config.eval.")
+def define_flags(several: bool = False) -> None:
+    """The flags --protocol (of `several`: a list) and --set, for `select`."""
+    default = "Default: the configuration's config.eval."
+    if several:
+        names = f"One or several of {', '.join(PRESETS)}, separated by commas. {default}"
+        flags.DEFINE_list("protocol", [], names)
+        flags.register_validator("protocol", _are_presets)
+    else:
+        flags.DEFINE_enum("protocol", "", ["", *PRESETS], default)
     flags.DEFINE_multi_string("set", [], "FIELD=VALUE of config.eval, after the protocol.")
 
 
-def select(config: ml_collections.ConfigDict, preset: str, changes: Sequence[str]) -> None:
-    """Sets config.eval to a preset ("": as it is) and then to changes ("crop_size=713").
+def _are_presets(names: list[str]) -> bool:
+    if unknown := [name for name in names if name not in PRESETS]:
+        raise flags.ValidationError(f"no protocol {unknown[0]!r}; allowed: {', '.join(PRESETS)}")
+    if len(set(names)) < len(names):
+        raise flags.ValidationError(f"the same protocol twice: {', '.join(names)}")
+    return True
+
+
+def select(
+    config: ml_collections.ConfigDict, preset: str, changes: Sequence[str]
+) -> ml_collections.ConfigDict:
+    """A copy with config.eval of a preset ("": as it is) and then changes ("crop_size=713").
 
     Raises ConfigError for unknown fields and for values that they cannot have.
     """
-    default = config_lib.default().eval
+    config, default = config.copy_and_resolve_references(), config_lib.default().eval
     if preset:
         config.eval.update({name: default[name] for name in PRESET_FIELDS} | PRESETS[preset])
     for change in changes:
@@ -69,11 +86,16 @@ def select(config: ml_collections.ConfigDict, preset: str, changes: Sequence[str
                 f"{config.eval[name]!r} now"
             ) from error
     config_lib.validate(config)
+    return config
 
 
 @dataclasses.dataclass(frozen=True)
 class Protocol:
-    """The fields of `config.eval` that decide a score, with the zeros resolved."""
+    """The fields of `config.eval` that decide a score, with the zeros resolved.
+
+    `canvases` and `inputs` are padded sizes of images and of the network's inputs, by `planned`;
+    like `pad_sides` they enter no result.
+    """
 
     mode: str = "whole"
     scales: tuple[float, ...] = (1.0,)
@@ -85,6 +107,8 @@ class Protocol:
     pad_sides: tuple[int, ...] = ()
     grid: str = "corners"
     logit_stride: int = 8  # of the network's last grid, against its input
+    canvases: tuple[Size, ...] = ()
+    inputs: tuple[Size, ...] = ()
 
     @classmethod
     def from_config(cls, config: ml_collections.ConfigDict) -> Protocol:
@@ -109,6 +133,27 @@ class Protocol:
             config.model.resize_grid,
             registry.logit_stride(config.model.upsampling, config.model.output_stride),
         )
+
+    def planned(self, sizes: Iterable[Size]) -> Protocol:
+        """With padded sizes chosen so that at most 12 programs hold the network, for these images.
+
+        Itself where no more are needed anyway. `pad_sides` go before planned canvases.
+        """
+        counts, plan = Counter(sizes), self
+        if not self.pad_sides and len(counts) > padding.MOST_PROGRAMS:
+            plan = dataclasses.replace(plan, canvases=padding.plan(counts, padding.MOST_PROGRAMS))
+        needed: Counter[Size] = Counter()
+        for size, images in counts.items():
+            for scale in self.scales:
+                needed[plan.window_size(plan.padded_size(size), scale)] += images
+        if self.direct or len(needed) <= padding.MOST_PROGRAMS:
+            return plan
+        return dataclasses.replace(plan, inputs=padding.plan(needed, padding.MOST_PROGRAMS))
+
+    @property
+    def pads(self) -> bool:
+        """Whether the network's inputs may be larger than what they show of an image."""
+        return bool(self.pad_sides or self.canvases or self.inputs) or self.mode == "sliding"
 
     @property
     def direct(self) -> bool:
@@ -142,10 +187,11 @@ class Protocol:
     def padded_size(self, size: Size) -> Size:
         """The size that programs are compiled for; the smallest of `pad_sides` on each side.
 
-        A side beyond all of them goes up to a multiple of the largest.
+        A side beyond all of them goes up to a multiple of the largest. Without `pad_sides` the
+        smallest canvas.
         """
         if not self.pad_sides:
-            return size
+            return padding.smallest(self.canvases, size)
         largest = self.pad_sides[-1]
         height, width = (
             min((s for s in self.pad_sides if s >= n), default=-(-n // largest) * largest)
@@ -166,7 +212,7 @@ class Protocol:
         """Size of the network's inputs for images of one padded size at a scale."""
         if self.mode != "whole":
             return self.crop_size, self.crop_size
-        return self._largest(padded, scale)
+        return padding.smallest(self.inputs, self._largest(padded, scale))
 
     def window_counts(self, padded: Size, scale: float) -> Size:
         """Windows along height and width that an image of this padded size has at most."""
@@ -174,7 +220,7 @@ class Protocol:
         return height, width
 
     def _largest(self, padded, scale):
-        if self.long_side and self.pad_sides:  # landscape or portrait
+        if self.long_side and (self.pad_sides or self.canvases):  # landscape or portrait
             return (math.ceil(self.long_side * scale),) * 2
         return self.scaled_size(padded, scale)
 

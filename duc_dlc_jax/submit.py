@@ -98,8 +98,9 @@ def check_archive(path: Path, spec: LabelSpec, sizes: dict[str, tuple[int, int]]
 def main(_) -> None:
     args = flags.FLAGS
     run, records = open_run(args)
-    protocol = protocols.Protocol.from_config(run.config)
-    evaluator = Evaluator(run.model, run.spec, run.config.eval.batch_size, protocol)
+    config = protocols.select(run.config, args.protocol, args.set)
+    protocol = protocols.Protocol.from_config(config).planned(records.sizes())
+    evaluator = Evaluator(run.model, run.spec, config.eval.batch_size, protocol)
     predictions = evaluator.predictions(run.variables, pipeline.eval_examples(records))
     count = write_archive(Path(args.output), run.spec, predictions)
     if count != len(records):

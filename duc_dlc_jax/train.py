@@ -187,7 +187,7 @@ class _Evaluation:
             model,
             records.spec,
             config.eval.batch_size,
-            protocols.Protocol.from_config(config),
+            protocols.Protocol.from_config(config).planned(records.sizes()),
         )
 
     def __call__(self, state: TrainState) -> dict[str, Any]:

@@ -160,19 +160,31 @@ def test_evaluate_command(trained, tmp_path):
     assert np.sum(figures["confusion_matrix"]) == trained[1]["matrix"].sum()
 
 
-def test_evaluate_command_by_another_protocol(trained, tmp_path):
-    arguments = ["--protocol=sliding", "--set=crop_size=128", "--set=stride=96", "--boundary"]
+def test_evaluate_command_by_several_protocols(trained, tmp_path):
+    arguments = [
+        "--protocol=single,sliding",
+        "--set=crop_size=128",
+        "--set=stride=96",
+        "--boundary",
+    ]
     command = [sys.executable, "-m", "duc_dlc_jax.evaluate", f"--workdir={trained[0]}"]
     command += [*arguments, "--absent=zero", f"--json={tmp_path / 'scores.json'}"]
     result = run(command)
-    figures = json.loads((tmp_path / "scores.json").read_text())
+    written = json.loads((tmp_path / "scores.json").read_text())
+    assert list(written) == ["step", "protocols"]
+    single, figures = (written["protocols"][name] for name in ("single", "sliding"))
+    assert single["mIoU"] == pytest.approx(trained[1]["mIoU"], abs=1e-5)
+    assert single["confusion_matrix"] != figures["confusion_matrix"]
     assert figures["protocol"] == (
         "single scale, windows of 128 pixels at stride 96, overlaps averaged by count, mean of the "
         "softmax, logits resized to the label; absent classes count as 0"
     )
     assert f"(40 images; {figures['protocol']})" in result.stdout
     assert "boundary IoU: 0.02 of the diagonal; boundary F: 3 pixels" in result.stdout
-    assert "compiled: 1 programs with the network" in result.stdout
+    assert result.stdout.count("compiled: 1 programs with the network") == 2
+    row = ["sliding", *(f"{figures[name]:.4f}" for name in evaluate.HEADLINE)]
+    row += [f"{figures['boundary'][name]:.4f}" for name in ("mean_iou", "mean_f")]
+    assert result.stdout.splitlines()[-1].split() == row
     assert np.sum(figures["confusion_matrix"]) == trained[1]["matrix"].sum()
     assert figures["pixels"]["sky"] == np.sum(figures["confusion_matrix"], 1)[0]
     assert None not in figures["iou"].values()

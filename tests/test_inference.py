@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 from duc_dlc_jax import config as config_lib
-from duc_dlc_jax import evaluate, inference, protocols, sharding
+from duc_dlc_jax import evaluate, inference, labelling, padding, protocols, sharding
 from duc_dlc_jax.data.labels import IGNORE, label_spec
 from duc_dlc_jax.models import duc, layers, segmenter
 from networks import NARROW, images_of, jit, network, on_canvas, random_variables
@@ -30,7 +31,13 @@ def quick_programs(monkeypatch):
 
 @pytest.mark.parametrize(
     ("dtype", "grid", "bound"),
-    [("float64", "corners", 1e-10), ("float64", "stride", 1e-10), ("float32", "corners", 1e-5)],
+    [
+        ("float64", "corners", 1e-10),
+        ("float64", "stride", 1e-10),
+        ("float32", "corners", 1e-5),
+        ("bfloat16", "corners", 0.0),  # each sum is rounded once, after float32
+        ("bfloat16", "stride", 0.0),
+    ],
 )
 def test_padded_images_have_the_logits_of_the_unpadded(dtype, grid, bound, monkeypatch):
     """On the padded side g(I) runs in slabs, of 4 rows of 23; on the unpadded side it does not."""
@@ -46,7 +53,8 @@ def test_padded_images_have_the_logits_of_the_unpadded(dtype, grid, bound, monke
         for image, ours in zip(images, padded, strict=True):
             expected = apply(variables, image[None], coarse=True)[0]
             cells = np.s_[: expected.shape[0], : expected.shape[1]]
-            assert 0 < np.abs(ours[cells] - expected).max() < bound
+            assert expected.std() > 0.5
+            assert np.abs(ours[cells] - expected).max() <= bound
 
 
 def test_planted_fault_padding_without_masks():
@@ -146,7 +154,7 @@ def test_ade20k_compiles_at_most_12_programs():
         for image in images_of(*sizes):
             yield {"image": image, "label": np.zeros(image.shape[:2], np.uint8), "name": ""}
 
-    variables = jax.device_put(variables, sharding.replicated(evaluator._mesh))
+    variables = jax.device_put(variables, sharding.replicated(sharding.data_mesh()))
     with counted_compilations() as compiled:
         scores, _ = evaluator.run(variables, examples())
     assert scores["images"] == 200
@@ -162,6 +170,42 @@ def test_padding_adds_little_work_on_ade20k():
     padded = [protocol.padded_size(size) for size in sizes]
     assert len(set(padded)) <= 12
     assert sum(h * w for h, w in padded) / sum(h * w for h, w in sizes) < 1.3
+
+
+@pytest.mark.parametrize("preset", protocols.PRESETS)
+@pytest.mark.parametrize("configuration", ["ade20k", "camvid"])  # with pad_sides and without
+def test_2000_sizes_are_planned_for_12_programs(configuration, preset):
+    config = protocols.select(config_lib.load(f"configs/{configuration}.py"), preset, [])
+    sizes = ade20k_like_sizes(2000)
+    planned = protocols.Protocol.from_config(config).planned(sizes)
+    inputs, pixels, needed = set(), 0, 0
+    for size in sizes:
+        padded = planned.padded_size(size)
+        assert padded >= size
+        assert padded[1] >= size[1]
+        for scale in planned.scales:
+            window, scaled = planned.window_size(padded, scale), planned.scaled_size(size, scale)
+            if planned.mode == "whole":
+                assert window >= scaled
+                assert window[1] >= scaled[1]
+            inputs.add(window)
+            pixels, needed = pixels + math.prod(window), needed + math.prod(scaled)
+    assert len(inputs) <= 12
+    if planned.mode == "whole":
+        assert pixels / needed < (1.3 if preset == "single" else 1.7)
+
+
+def test_planned_inputs_compile_as_many_programs(monkeypatch):
+    """Four sizes at two scales in two programs; `test_protocols` has what they must say."""
+    monkeypatch.setattr(padding, "MOST_PROGRAMS", 2)
+    model, variables, _ = network("corners", "float32")
+    images = images_of((33, 29), (17, 38), (40, 33), (40, 51))
+    planned = protocols.Protocol(scales=(0.5, 1.25)).planned([x.shape[:2] for x in images])
+    assert len(planned.canvases) == len(planned.inputs) == 2
+    predictor = labelling.Predictor(model, planned)
+    batches = list(predictor.batches(variables, ({"image": image} for image in images)))
+    assert [batch[0]["prediction"].shape for batch, _ in batches] == [x.shape[:2] for x in images]
+    assert predictor.programs()["network"] == 2
 
 
 def test_sliding_windows_compile_one_network():
@@ -193,7 +237,7 @@ def test_any_number_of_hosts_gives_the_same_figures_exactly(protocol):
         ),
     }[protocol]
     evaluator = evaluate.Evaluator(model, label_spec("camvid"), 2, chosen, boundary=True)
-    variables = jax.device_put(variables, sharding.replicated(evaluator._mesh))
+    variables = jax.device_put(variables, sharding.replicated(sharding.data_mesh()))
     rng = np.random.default_rng(0)
     examples = []
     for i, image in enumerate(images_of(*rng.integers(20, 49, (7, 2)).tolist())):

@@ -74,11 +74,13 @@ def softmax(x):
 # Averages
 
 
-@GRIDS
-def test_multi_scale_is_the_mean_of_the_softmax(grid):
-    """Two images in one padded batch, in tiles, against each image by itself."""
+@pytest.mark.parametrize(("grid", "inputs"), [("corners", ()), ("stride", ((96, 128),))])
+def test_multi_scale_is_the_mean_of_the_softmax(grid, inputs):
+    """Two images in one padded batch, in tiles, against each image by itself; inputs padded too."""
     scales = (0.5, 1.25)
-    protocol = protocols.Protocol(scales=scales, flip=True, pad_sides=(64, 96), grid=grid)
+    protocol = protocols.Protocol(
+        scales=scales, flip=True, pad_sides=(64, 96), grid=grid, inputs=inputs
+    )
     images = images_of((60, 93), (64, 70))
     with jax.enable_x64(True), pytest.MonkeyPatch.context() as patch:
         patch.setattr(inference, "TILE", (40, 50))
@@ -192,8 +194,8 @@ def test_a_protocol_states_itself():
     config = config_lib.load("configs/ade20k.py")
     sentences = {}
     for preset in protocols.PRESETS:
-        protocols.select(config, preset, [])
-        sentences[preset] = protocols.Protocol.from_config(config).sentence()
+        selected = protocols.select(config, preset, [])
+        sentences[preset] = protocols.Protocol.from_config(selected).sentence()
     window = "windows of 480 pixels at stride 320"
     assert sentences == {
         "single": "single scale, whole image at its own size, logits resized to the label",
@@ -213,7 +215,7 @@ def test_a_protocol_states_itself():
 
 def test_fields_can_follow_the_preset():
     config = config_lib.default()
-    protocols.select(config, "sliding", ["crop_size=713", "scales=(1.0, 2)"])
+    config = protocols.select(config, "sliding", ["crop_size=713", "scales=(1.0, 2)"])
     protocol = protocols.Protocol.from_config(config)
     assert (protocol.crop_size, protocol.stride, protocol.scales) == (713, 475, (1.0, 2))
     with pytest.raises(config_lib.ConfigError, match=r"eval\.crop; the nearest one is eval\.crop_"):
@@ -222,6 +224,6 @@ def test_fields_can_follow_the_preset():
         protocols.select(config, "", ["flip=maybe"])
     with pytest.raises(config_lib.ConfigError, match=r"eval\.scales=\(\); it must hold positive"):
         protocols.select(config, "", ["scales=()"])
-    protocols.select(config, "sliding", ["stride=900"])
+    config = protocols.select(config, "sliding", ["stride=900"])
     with pytest.raises(config_lib.ConfigError, match=r"eval\.stride=900; allowed: 1 to .* 713 "):
         protocols.Protocol.from_config(config)

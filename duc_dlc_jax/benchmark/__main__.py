@@ -134,8 +134,8 @@ def parsed_size(flag: str, text: str) -> tuple[int, int]:
 
 def measure_evaluation(args: Any) -> dict[str, Any]:
     """Runs and prints `--evaluate`."""
-    protocols.select(args.config, args.protocol, args.set)
-    result = model.evaluation(args.config, parsed_size("evaluate", args.evaluate), args.steps)
+    config = protocols.select(args.config, args.protocol, args.set)
+    result = model.evaluation(config, parsed_size("evaluate", args.evaluate), args.steps)
     print("{device}, image {image}, {classes} classes: {protocol}".format(**result))
     print("{seconds:.2f} s, {images_per_second:.3f} images/s; programs {programs}".format(**result))
     print(f"most memory of the process: {result['peak_process_bytes'] / 2**30:.2f} GiB")

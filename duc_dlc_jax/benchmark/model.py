@@ -138,7 +138,7 @@ def train(
     if trace:
         times = profile.trace(step, 3)
         names = profile.instructions(step.compiled.as_text())
-        result["profile"] = profile.by_group(times, names)
+        result["profile"] = profile.by_group(times, names, work.variables["params"])
         result["slowest"] = profile.slowest(times, names, 40)
     return result
 
@@ -146,7 +146,7 @@ def train(
 def infer(work: Work, steps: int, rounds: int, peer: Peer | None = None) -> dict[str, Any]:
     """One image to train ids on one device, as `predict` and `evaluate` do it, whole."""
     mesh = sharding.data_mesh(jax.local_devices()[:1])
-    protocol = protocols.Protocol(grid=work.model.resize_grid)
+    protocol = protocols.Protocol(grid=work.model.resize_grid, logit_stride=work.model.logit_stride)
     labeller = Labeller(work.model, protocol, mesh)
     variables = jax.device_put(work.variables, sharding.replicated(mesh))
     images = np.random.default_rng(0).integers(0, 256, (1, *work.size, 3), np.uint8)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -51,14 +51,15 @@ def instructions(compiled_text: str) -> dict[str, str]:
     return dict(_INSTRUCTION.findall(compiled_text))
 
 
-def group(operation: str) -> tuple[str, str]:
+def group(operation: str, modules: Collection[str]) -> tuple[str, str]:
     """(layer group, forward | backward) of an operation's name, as JAX writes it.
 
+    modules: the network's parts, as its parameters name them.
     "jit(train_step)/transpose(jvp(Segmenter))/backbone/layer1_0/conv1/..." -> (layer1, backward).
     """
     direction = "backward" if "transpose(" in operation else "forward"
     parts = re.split(r"[/()]+", operation)
-    for start in ("backbone", "duc", "dlc", "context", "upsampling", "classifier"):
+    for start in modules:
         if start in parts:
             rest = parts[parts.index(start) :]
             if start == "duc" and "duc._strided" in operation:
@@ -70,11 +71,13 @@ def group(operation: str) -> tuple[str, str]:
     return "other", direction
 
 
-def by_group(times: dict[str, dict[str, float]], names: dict[str, str]) -> list[dict[str, Any]]:
+def by_group(
+    times: dict[str, dict[str, float]], names: dict[str, str], modules: Collection[str]
+) -> list[dict[str, Any]]:
     """Rows {group, direction, seconds, kernels}, slowest first."""
     found: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0.0, 0.0])
     for instruction, figures in times.items():
-        key = group(names.get(instruction, ""))
+        key = group(names.get(instruction, ""), modules)
         found[key][0] += figures["seconds"]
         found[key][1] += figures["count"]
     rows = [

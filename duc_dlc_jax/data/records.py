@@ -68,6 +68,10 @@ class Records:
         height, width = part.size[row]
         return int(height), int(width)
 
+    def sizes(self) -> list[tuple[int, int]]:
+        """Returns (height, width) of every image in pixels, without reading them."""
+        return [self.size(index) for index in range(len(self))]
+
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Returns the whole example; see `region`."""
         height, width = self.size(index)

@@ -142,9 +142,13 @@ class DUC(nn.Module):
             inside = _inside(4 * first + jnp.arange(count) * 4 - pad, columns, k, sizes)
             g = jnp.where(inside[..., None], g, 0).astype(image.dtype)
             g = g.reshape(*x.shape[:3], k * k * width)
-            y = jax.lax.dot_general(g, composed, (((3,), (0,)), ((), ())))
+            # In inference wide up to its BN, so that slabs and their shapes round nothing.
+            dtype = bias.dtype if self.slabs else image.dtype
+            y = jax.lax.dot_general(
+                g, composed, (((3,), (0,)), ((), ())), preferred_element_type=dtype
+            )
             border = jnp.dot(inside.astype(bias.dtype), bias, precision=exact)
-            return y + border.astype(image.dtype)
+            return y + border.astype(dtype)
 
         return strided
 

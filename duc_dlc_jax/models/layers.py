@@ -413,9 +413,13 @@ def interpolation_positions(
 def interpolate(x: jax.Array, low: jax.Array, fraction: jax.Array, axis: int) -> jax.Array:
     """(1 - fraction) x[low] + fraction x[low + 1] along axis 1 or 2 of x [B, H, W, C].
 
-    low: int [B, n]; fraction: float [B, n], 0 where low is the last cell.
+    low: int [B, n]; fraction: float [B, n], 0 where low is the last cell. As in `resize_bilinear`'s
+    matrices the weights are rounded to x's dtype, and their products summed in float32 or wider.
     """
     shape = (len(x), -1, 1, 1) if axis == 1 else (len(x), 1, -1, 1)
-    low, fraction = low.reshape(shape), fraction.astype(x.dtype).reshape(shape)
-    first, second = (jnp.take_along_axis(x, cells, axis, mode="clip") for cells in (low, low + 1))
-    return (1 - fraction) * first + fraction * second
+    low, fraction, wide = low.reshape(shape), fraction.reshape(shape), parameter_dtype(x.dtype)
+    first, second = (
+        jnp.take_along_axis(x, cells, axis, mode="clip").astype(wide) for cells in (low, low + 1)
+    )
+    weights = (part.astype(x.dtype).astype(wide) for part in (1 - fraction, fraction))
+    return sum(w * y for w, y in zip(weights, (first, second), strict=True)).astype(x.dtype)

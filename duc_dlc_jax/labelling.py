@@ -1,0 +1,85 @@
+"""Labels of images of any sizes by a network under a protocol, in batches of one padded size.
+
+`evaluate`, `submit` and `predict` label through here, and therefore alike.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from duc_dlc_jax import protocols, sharding
+from duc_dlc_jax.data.labels import IGNORE
+from duc_dlc_jax.inference import Labeller
+from duc_dlc_jax.models.segmenter import Segmenter
+
+
+class Predictor:
+    """Each process labels its own images on its own devices.
+
+    Of the network it needs `apply(variables, images, valid=..., coarse=True)`, as Segmenter has it,
+    `num_classes` and `resize_grid`.
+    """
+
+    def __init__(
+        self,
+        model: Segmenter,
+        protocol: protocols.Protocol | None = None,
+        batch_per_device: int = 1,
+    ):
+        self._mesh = sharding.data_mesh(jax.local_devices())
+        self._batch = batch_per_device * len(jax.local_devices())
+        self.protocol = protocol or protocols.Protocol(
+            grid=model.resize_grid, logit_stride=model.logit_stride
+        )
+        self._labeller = Labeller(model, self.protocol, self._mesh)
+
+    def batches(
+        self, variables: dict[str, Any], examples: Iterable[dict[str, Any]]
+    ) -> Iterator[tuple[list[dict[str, Any]], jax.Array]]:
+        """variables: replicated over the global mesh. examples: `image` uint8 [H, W, 3] and, to be
+        counted, `label` uint8 [H, W].
+
+        Yields examples of one padded size with their `prediction`, train ids uint8 [H, W], and
+        their confusion matrix, int32 [K, K]; batches come in order of the image that fills them.
+        """
+        variables = sharding.local_copy(variables, self._mesh)
+        for batch in _batches_of_one_size(examples, self._batch, self.protocol.padded_size):
+            matrix, ids = self._label(variables, batch)
+            for example, prediction in zip(batch, ids, strict=False):
+                height, width = example["image"].shape[:2]
+                example["prediction"] = prediction[:height, :width]
+            yield batch, matrix
+
+    def programs(self) -> dict[str, int]:
+        """Programs compiled so far; see `Labeller.programs`."""
+        return self._labeller.programs()
+
+    def _label(self, variables, batch):
+        """The last batch is filled up with ignored pixels."""
+        sizes = [example["image"].shape[:2] for example in batch]
+        padded = self.protocol.padded_size(sizes[0])
+        images = np.zeros((self._batch, *padded, 3), np.uint8)
+        labels = np.full((self._batch, *padded), IGNORE, np.uint8)
+        for i, (example, (height, width)) in enumerate(zip(batch, sizes, strict=True)):
+            images[i, :height, :width] = example["image"]
+            if "label" in example:
+                labels[i, :height, :width] = example["label"]
+        sizes += sizes[:1] * (self._batch - len(batch))
+        matrix, ids = self._labeller(variables, images, labels, sizes)
+        return matrix, np.asarray(ids)
+
+
+def _batches_of_one_size(examples, batch_size, padded_size):
+    waiting = defaultdict(list)
+    for example in examples:
+        group = waiting[padded_size(example["image"].shape[:2])]
+        group.append(dict(example))
+        if len(group) == batch_size:
+            yield list(group)
+            group.clear()
+    yield from (group for group in waiting.values() if group)
