@@ -14,8 +14,8 @@ import ml_collections
 import numpy as np
 import optax
 
+from duc_dlc_jax import losses
 from duc_dlc_jax.data.labels import IGNORE
-from duc_dlc_jax.losses import cross_entropy
 from duc_dlc_jax.models.layers import Conv
 from duc_dlc_jax.models.segmenter import Segmenter
 
@@ -94,30 +94,43 @@ def make_train_step(
     grad_norm, PA (of the training batch).
     """
 
+    def mean_over(logits, labels, stride):
+        """Summed cross-entropy, labelled pixels (at least 1), and those of them that are right."""
+
+        def sums(logits, labels):
+            right = (logits.argmax(-1) == labels) & (labels != IGNORE)
+            return *losses.cross_entropy_sum(logits, labels), right.sum()
+
+        total, count, hits = losses.over_slabs(sums, logits, labels, model.resize_grid, stride)
+        return total, jnp.maximum(count, 1), hits
+
     def loss_fn(params, batch_stats, batch, key):
         output: Any = model.apply(
             {"params": params, "batch_stats": batch_stats},
             batch["image"],
             train=True,
+            coarse=True,
             valid=batch.get("valid"),
             rngs={"dropout": key},
             mutable=["batch_stats", "intermediates"],
         )
         logits, updated = output
-        loss = cross_entropy(logits, batch["label"])
-        for aux_logits in updated.get("intermediates", {}).get("aux_logits", ()):
-            loss += config.loss.aux_weight * cross_entropy(aux_logits, batch["label"])
-        labelled = batch["label"] != IGNORE
-        hits = ((logits.argmax(-1) == batch["label"]) & labelled).sum()
-        return loss, (updated["batch_stats"], hits / jnp.maximum(labelled.sum(), 1))
+        with jax.named_scope("loss"):
+            total, count, hits = mean_over(logits, batch["label"], model.logit_stride)
+            loss = total / count
+            for aux_logits in updated.get("intermediates", {}).get("aux_logits", ()):
+                total, count, _ = mean_over(aux_logits, batch["label"], model.aux_stride)
+                loss += config.loss.aux_weight * total / count
+        return loss, (updated["batch_stats"], hits / count)
 
     def train_step(state: TrainState, batch: Batch):
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
         (loss, (batch_stats, accuracy)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
             state.params, state.batch_stats, batch, key
         )
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        with jax.named_scope("optimizer"):
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
         ema = state.ema
         if config.optimizer.ema_decay:
             new = {"params": params, "batch_stats": batch_stats}

@@ -16,9 +16,9 @@ import optax
 import pytest
 
 from duc_dlc_jax import config as config_lib
-from duc_dlc_jax import losses, metrics, optimizer, train_step
+from duc_dlc_jax import losses, metrics, optimizer, sharding, train_step
 from duc_dlc_jax.data.labels import IGNORE, label_spec
-from duc_dlc_jax.models import segmenter
+from duc_dlc_jax.models import layers, segmenter
 from runs import tiny_config
 
 # Loss
@@ -205,7 +205,9 @@ def test_matrices_of_the_images_are_summed_in_int64(monkeypatch):
     most = np.iinfo(np.int32).max
     one = np.full((spec.num_classes, spec.num_classes), most, np.int32)
     predictions = np.zeros((1, 2, 2), np.uint8)
-    monkeypatch.setattr(evaluator, "_predict", lambda variables, batch: (one, predictions))
+    labelled = lambda variables, batch: (one, predictions)  # noqa: E731
+    monkeypatch.setattr(evaluator._predictor, "_label", labelled)
+    monkeypatch.setattr(sharding, "local_copy", lambda variables, mesh: variables)
     image = {"image": np.zeros((2, 2, 3), np.uint8), "label": np.zeros((2, 2), np.uint8)}
     scores, _ = evaluator.run({}, [image] * 3)
     batches = -(-3 // jax.local_device_count())
@@ -395,3 +397,34 @@ def test_no_buffer_of_a_new_state_appears_twice(bfloat16_run):
     arrays = [leaf.unsafe_buffer_pointer() for leaf in leaves]
     twice = [a for a, b in itertools.pairwise(sorted(arrays)) if a == b]
     assert not twice
+
+
+@pytest.mark.parametrize("grid", ["corners", "stride"])
+@pytest.mark.parametrize("way", ["matrix", "gather"])
+def test_the_loss_in_slabs_equals_that_of_all_logits(grid, way, monkeypatch):
+    """Value and gradient, 37 rows in 5 slabs of 8; ignored pixels and rows."""
+    rng = np.random.default_rng(0)
+    with jax.enable_x64(True):
+        logits = jnp.asarray(3 * rng.normal(size=(2, 5, 7, 4)))
+        labels = rng.integers(0, 4, (2, 37, 50)).astype(np.uint8)
+        labels[:, 30:] = labels[0, :, :9] = IGNORE
+        monkeypatch.setattr(losses, "SLAB_BYTES", 8 * 50 * 4 * 8)
+
+        def whole(logits):
+            resized = layers.resize_bilinear(logits, (37, 50), grid, 1 / 8)
+            return losses.cross_entropy(resized, jnp.asarray(labels))
+
+        def slabs(logits):
+            total, count = losses.over_slabs(
+                losses.cross_entropy_sum, logits, jnp.asarray(labels), grid, 8, way
+            )
+            return total / count
+
+        (expected, gradient), (value, ours) = (
+            jax.jit(jax.value_and_grad(f))(logits) for f in (whole, slabs)
+        )
+        np.testing.assert_allclose(value, expected, rtol=1e-13)
+        np.testing.assert_allclose(ours, gradient, rtol=0, atol=1e-15)
+        text = jax.jit(jax.value_and_grad(slabs)).lower(logits).compile().as_text()
+    assert "2,8,50,4" in text
+    assert "2,37,50,4" not in text

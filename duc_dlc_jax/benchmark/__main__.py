@@ -5,7 +5,7 @@ infer  the labelling of one image of --size (the crop's without) on one device
 input  crops/s of one core from prepared records, beside PyTorch's DataLoader; --synthetic draws
        the images; --formats compares ways to store them instead
 fed    training steps fed by the input pipeline beside steps that get one batch again and again
-layers dilated convolutions: output, input gradient, weight gradient in each way there is
+layers dilated convolutions, their gradients, and the loss, in each way there is
 
 train and infer need no data. They say which share of the layer-wise floor is reached, with
 --profile where the time of a step goes, and with --peer=torch how PyTorch does the same network in
@@ -122,7 +122,9 @@ def measure_layers(args: Any) -> dict[str, Any]:
     rows = layers.table(config.model.dtype, config.train.batch_size, args.steps)
     print(f"{jax.devices()[0].device_kind}, {config.model.dtype}, batch {config.train.batch_size}")
     layers.show(rows)
-    return {"layers": rows, "device": jax.devices()[0].device_kind}
+    lost = layers.losses_table(config.train.batch_size, config.data.crop_size, args.steps)
+    layers.show_losses(lost)
+    return {"layers": rows, "losses": lost, "device": jax.devices()[0].device_kind}
 
 
 def parsed_size(flag: str, text: str) -> tuple[int, int]:

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from duc_dlc_jax import losses
 from duc_dlc_jax.benchmark.timing import seconds_per_call
 from duc_dlc_jax.models import layers
 
@@ -81,6 +82,48 @@ def table(dtype: Any, batch: int, steps: int, shapes: Any = None) -> list[dict[s
         row["error"] = max(float(np.linalg.norm(g - gradients[0]) / first) for g in gradients)
         rows.append(row)
     return rows
+
+
+def losses_table(batch: int, side: int, steps: int, classes: Any = (19, 150)) -> list[dict]:
+    """Seconds of the loss of 1/8 logits and its gradient, in each way, with temporary bytes.
+
+    "whole" has the logits at full size; the others are `losses.over_slabs`.
+    """
+    rng, rows = np.random.default_rng(0), []
+    cells = -(-side // 8)
+    for k in classes:
+        logits = jnp.asarray(rng.standard_normal((batch, cells, cells, k), np.float32))
+        labels = jnp.asarray(rng.integers(0, k, (batch, side, side)).astype(np.uint8))
+
+        def whole(logits, labels):
+            resized = layers.resize_bilinear(logits, labels.shape[1:], "corners", 1 / 8)
+            return losses.cross_entropy(resized, labels)
+
+        def slabs(way, logits, labels):
+            sums = losses.cross_entropy_sum
+            total, count = losses.over_slabs(sums, logits, labels, "corners", 8, way)
+            return total / count
+
+        row: dict[str, Any] = {"classes": k}
+        ways = ("matrix", "gather", "gather_bf16")
+        named = {"whole": whole} | {f"slabs, {w}": functools.partial(slabs, w) for w in ways}
+        for name, function in named.items():
+            program = jax.jit(jax.value_and_grad(function)).lower(logits, labels).compile()
+            seconds = seconds_per_call(functools.partial(program, logits, labels), steps)
+            memory: Any = program.memory_analysis()
+            row[name] = {"seconds": seconds, "temporary_bytes": memory.temp_size_in_bytes}
+        rows.append(row)
+    return rows
+
+
+def show_losses(rows: list[dict[str, Any]]) -> None:
+    for row in rows:
+        for name, f in row.items():
+            if name != "classes":
+                memory = f"{f['temporary_bytes'] / 2**20:,.0f} MiB"
+                print(
+                    f"loss, {row['classes']} classes, {name}: {1e3 * f['seconds']:.2f} ms, {memory}"
+                )
 
 
 def show(rows: list[dict[str, Any]]) -> None:

@@ -353,6 +353,52 @@ def resize_bilinear(
     return x
 
 
+def resize_columns(x: jax.Array, width: int, grid: str, step: float, way: str = "") -> jax.Array:
+    """`resize_bilinear` of [B, H, W, C] to [B, H, width, C], in one of two ways.
+
+    "matrix": as there. "gather": both neighbours of a cell are read and weighted, which compilers
+    fuse into what follows; the gradient is a matrix product, with "gather_bf16" of gradients
+    rounded to bfloat16. "": what was faster on this backend (docs/performance.md).
+    """
+    if x.shape[2] == width:
+        return x
+    way = way or ("gather" if jax.default_backend() == "gpu" else "matrix")
+    if way == "matrix":
+        return resize_bilinear(x, (x.shape[1], width), grid, step, axes=(1,))
+    rounded = jnp.bfloat16 if way == "gather_bf16" else x.dtype
+    return _gathered_columns(x, width, grid, step, rounded)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
+def _gathered_columns(x, width, grid, step, rounded):
+    matrix = interpolation_matrix(x.shape[2], width, grid, step)
+    low = (matrix > 0).argmax(1)
+    high = np.minimum(low + 1, x.shape[2] - 1)
+    fraction = 1 - matrix[np.arange(width), low]
+    fraction = jnp.asarray(fraction, x.dtype)[None, None, :, None]
+    return x[:, :, low] * (1 - fraction) + x[:, :, high] * fraction
+
+
+def _gathered_columns_forward(x, *how):
+    return _gathered_columns(x, *how), jnp.zeros((0, x.shape[2]), x.dtype)
+
+
+def _gathered_columns_backward(width, grid, step, rounded, like, dy):
+    matrix = jnp.asarray(interpolation_matrix(like.shape[1], width, grid, step), rounded)
+    return (
+        jnp.einsum(
+            "ow,brok->brwk",
+            matrix,
+            dy.astype(rounded),
+            precision=jax.lax.Precision.HIGHEST,
+            preferred_element_type=like.dtype,
+        ),
+    )
+
+
+_gathered_columns.defvjp(_gathered_columns_forward, _gathered_columns_backward)
+
+
 def valid_sizes(valid: jax.Array, size: Sequence[int], grid: Sequence[int]) -> jax.Array:
     """Height and width in cells of the unpadded part of each image on a grid: int32 [B, 2].
 

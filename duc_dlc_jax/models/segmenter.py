@@ -63,17 +63,17 @@ class Segmenter(nn.Module):
         """images: uint8 RGB [B, H, W, 3] (or normalised floats) -> logits [B, H, W, classes].
 
         Logits are float32 (float64 for float64 compute). In training the auxiliary head's logits
-        are sown as `aux_logits` in the collection `intermediates`; needs the random stream
-        `dropout`.
+        are sown as `aux_logits` in the collection `intermediates`, on their own grid of
+        `aux_stride`; needs the random stream `dropout`.
 
         valid: int32 [B, 2], height and width in pixels of the unpadded part of each image, which
         lies at its top left. In inference the logits of this part then equal those of the image
         without padding. Training reads it with `bn_padding="masked"` alone, and raises ConfigError
         where it is missing then.
 
-        coarse (inference): logits on their own grid, [B, ceil(H / s), ceil(W / s), classes] with
-        s = `logit_stride`, by default 8. Where it is not 1, nothing as large as the image is then
-        kept whole but the image itself.
+        coarse: logits on their own grid, [B, ceil(H / s), ceil(W / s), classes] with s =
+        `logit_stride`, by default 8. Where it is not 1, nothing as large as the image is then kept
+        whole in inference but the image itself.
         """
         masked = self.bn_padding == "masked" and train and not self.bn_frozen
         if masked and valid is None:
@@ -109,7 +109,9 @@ class Segmenter(nn.Module):
             name="backbone",
         )
         features = backbone(image)
-        x = registry.upsampled(self, image, features, conv, norm, slabs=coarse, valid_sizes=sizes)
+        x = registry.upsampled(
+            self, image, features, conv, norm, slabs=coarse and not train, valid_sizes=sizes
+        )
         drop = partial(nn.Dropout, deterministic=not train)
         x = registry.context(self, conv, norm, drop, sizes)(x)
 
@@ -119,9 +121,7 @@ class Segmenter(nn.Module):
         if self.aux_head and (train or self.is_initializing()):
             aux = conv(features[2].shape[-1] // 4, 3, name="aux_conv")(features[2])
             aux = nn.relu(norm(name="aux_bn")(aux))
-            stride = min(self.output_stride, 16)
             aux = self._classify(drop_channels(aux), conv, "aux_classifier")
-            aux = resize(aux, images.shape[1:3], self.resize_grid, 1 / stride)
             self.sow("intermediates", "aux_logits", aux)
         if self.context != "aspp":  # which has its own, further up
             x = drop_channels(x)
@@ -141,6 +141,11 @@ class Segmenter(nn.Module):
     def _classify(self, x, conv, name):
         logits = conv(self.num_classes, bias=True, name=name)(x)
         return logits.astype(layers.parameter_dtype(self.dtype))
+
+    @property
+    def aux_stride(self) -> int:
+        """Stride of the auxiliary logits' grid, that of layer3, against the image."""
+        return min(self.output_stride, 16)
 
     @property
     def logit_stride(self) -> int:
