@@ -33,7 +33,6 @@ from duc_dlc_jax import (
     benchmark_input,
     cli,
     describe,
-    predict,
     protocols,
     sharding,
 )
@@ -79,8 +78,13 @@ def benchmark(config: ml_collections.ConfigDict, steps: int = 5) -> dict[str, An
 
     data = random_batch(config, classes)
     variables = init_variables(model, config.seed)
-    label = predict.make_predictor(model, variables)
-    inference = rates(median_seconds(lambda: label(data["image"][0]), steps), 1, flops)
+    labeller = Labeller(
+        model,
+        protocols.Protocol(grid=model.resize_grid),
+        sharding.data_mesh(jax.local_devices()[:1]),
+    )
+    one = data["image"][:1], data["label"][:1], [(size, size)]
+    inference = rates(median_seconds(lambda: labeller(variables, *one), steps), 1, flops)
     seconds, peak = time_train_step(config, model, mesh, variables, data, steps)
     return {
         "device": mesh.devices.flat[0].device_kind,
