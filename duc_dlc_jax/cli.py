@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging as py_logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -81,6 +81,20 @@ def define_fields(help_text: str) -> None:
     except config_lib.ConfigError as error:
         fail(error)
     config_flags.DEFINE_config_dict("config", config_lib.default(), help_text)
+
+
+def define_names(name: str, allowed: Sequence[str], help_text: str) -> None:
+    """Defines a flag that takes one or several of the allowed names, separated by commas."""
+
+    def check(names: list[str]) -> bool:
+        for i, word in enumerate(names):
+            if word not in allowed or word in names[:i]:
+                twice = " twice" if word in allowed else ""
+                raise flags.ValidationError(f"{word!r}{twice}; allowed: {', '.join(allowed)}")
+        return True
+
+    flags.DEFINE_list(name, [], f"{help_text} One or several of {', '.join(allowed)}.")
+    flags.register_validator(name, check)
 
 
 def use_compilation_cache(workdir: Path) -> None:

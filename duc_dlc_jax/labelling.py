@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -37,6 +38,7 @@ class Predictor:
             grid=model.resize_grid, logit_stride=model.logit_stride
         )
         self._labeller = Labeller(model, self.protocol, self._mesh)
+        self.compiling = (0.0, 0)  # seconds of the calls that compiled, and their images
 
     def batches(
         self, variables: dict[str, Any], examples: Iterable[dict[str, Any]]
@@ -49,7 +51,11 @@ class Predictor:
         """
         variables = sharding.local_copy(variables, self._mesh)
         for batch in _batches_of_one_size(examples, self._batch, self.protocol.padded_size):
+            start, programs = time.monotonic(), self.programs()
             matrix, ids = self._label(variables, batch)
+            if self.programs() != programs:
+                seconds, images = self.compiling
+                self.compiling = (seconds + time.monotonic() - start, images + len(batch))
             for example, prediction in zip(batch, ids, strict=False):
                 height, width = example["image"].shape[:2]
                 example["prediction"] = prediction[:height, :width]

@@ -1,92 +1,258 @@
-"""`python -m duc_dlc_jax.predict --model=WORKDIR --input=FILE_OR_DIR --output=DIR`.
+"""`python -m duc_dlc_jax.predict --model=WORKDIR --input=PATH --output=DIR`: labels of pictures.
 
-Per image NAME: `ids/NAME.png` (train ids, palette kept), `colour/NAME.png` and `overlay/NAME.png`.
-Images are taken at their own size, turned as their EXIF orientation says.
+--input is an image, a video, a folder of them or a pattern in quotes, and may be given repeatedly.
+By default an image NAME becomes
+
+ids/NAME.png        train ids; a palette PNG, so that viewers show colours
+colour/NAME.png     the ids as colours
+overlay/NAME.png    the colours over the image
+shares.jsonl        a line per image: its size, and pixels and share of each class
+legend.png          colour, train id and name of each class
+
+and a video overlay/NAME.mp4 and its lines, one per frame. Images are taken at their own size,
+turned as their EXIF orientation says, and labelled as `evaluate` does.
+
+Exit code 0: all is labelled; 1: some files could not be read, and are named with the reason at the
+end, the others are done; 2: nothing was done.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import json
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
+import cv2
 import numpy as np
 from absl import flags
-from PIL import Image
+from PIL import ImageOps
 
-from duc_dlc_jax import cli, pictures, workdirs
-from duc_dlc_jax.data import codec
+from duc_dlc_jax import cli, pictures, progress, protocols, workdirs
+from duc_dlc_jax.data import drawing, inputs
+from duc_dlc_jax.data.builders.examples import in_threads
+from duc_dlc_jax.data.inputs import Input, Video
 from duc_dlc_jax.data.labels import DataError, LabelSpec
-from duc_dlc_jax.models.segmenter import Segmenter
+from duc_dlc_jax.labelling import Predictor
 
-EXTENSIONS = (".png", ".jpg", ".jpeg")
-
-
-def make_predictor(model: Segmenter, variables: dict[str, Any]):
-    """Returns image uint8 RGB [H, W, 3] -> train ids uint8 [H, W]; compiles once per size."""
-
-    @jax.jit
-    def ids(variables, image):
-        logits: Any = model.apply(variables, image[None])
-        return logits.argmax(-1)[0].astype(jnp.uint8)
-
-    return lambda image: np.asarray(ids(variables, image))
+OUTPUTS = ("ids", "colour", "overlay", "shares", "legend")
+OF_VIDEOS = ("overlay", "shares", "legend")  # unless --outputs names others
+LEGEND_WIDTH = 800  # pixels
+AHEAD = 8  # frames of a video that are decoded in advance
 
 
-def find_images(path: Path) -> list[Path]:
-    """The file, or the images below the folder in order of their names.
+@dataclasses.dataclass(frozen=True)
+class Writer:
+    """Writes what is wanted of one image; safe in several threads."""
 
-    Raises FileNotFoundError where there is no such path or no image.
+    folder: Path
+    outputs: tuple[str, ...]
+    spec: LabelSpec
+    opacity: float = 0.5
+
+    @property
+    def pictures(self) -> tuple[str, ...]:
+        return tuple(kind for kind in self.outputs if kind in ("ids", "colour", "overlay"))
+
+    def image(self, example: dict[str, Any]) -> dict[str, Any]:
+        """Writes {name, path, image, prediction}; returns its line of shares."""
+        for kind in self.pictures:
+            path = self.folder / kind / f"{example['name']}.png"
+            if kind == "ids":
+                pictures.write_ids(path, example["prediction"], self.spec)
+            else:
+                pictures.write_png(path, self.drawn(kind, example))
+        return self.line(example)
+
+    def drawn(self, kind: str, example: dict[str, Any]) -> np.ndarray:
+        """The colours, or these over the image: RGB uint8 [H, W, 3]."""
+        if kind == "colour":
+            return self.spec.colourise(example["prediction"])
+        return pictures.overlay(example["image"], example["prediction"], self.spec, self.opacity)
+
+    def line(self, example: dict[str, Any]) -> dict[str, Any]:
+        """Size in pixels, and pixels and share of each class, by name in order of train ids."""
+        ids = example["prediction"]
+        pixels = np.bincount(ids.ravel(), minlength=self.spec.num_classes).tolist()
+        named = dict(zip(self.spec.classes, pixels, strict=True))
+        head = {key: example[key] for key in ("name", "path", "frame", "seconds") if key in example}
+        return head | {
+            "height": ids.shape[0],
+            "width": ids.shape[1],
+            "pixels": named,
+            "share": {name: round(count / ids.size, 6) for name, count in named.items()},
+        }
+
+
+class FrameWriter:
+    """Writes the frames of one video in their order: videos of pictures, ids as a PNG each."""
+
+    def __init__(self, writer: Writer, name: str, video: Video):
+        self._writer, self._videos = writer, {}
+        height, width = video.size
+        for kind in writer.pictures:
+            (writer.folder / kind).mkdir(parents=True, exist_ok=True)
+            if kind == "ids":
+                (writer.folder / kind / name).mkdir(exist_ok=True)
+                continue
+            path, code = writer.folder / kind / f"{name}.mp4", cv2.VideoWriter.fourcc(*"mp4v")
+            self._videos[kind] = cv2.VideoWriter(str(path), code, video.rate, (width, height))
+            if not self._videos[kind].isOpened():
+                raise OSError(f"{path}: OpenCV cannot write a video of {width}x{height} pixels")
+
+    def __call__(self, example: dict[str, Any]) -> dict[str, Any]:
+        for kind in self._writer.pictures:
+            if kind == "ids":
+                file = f"{example['name']}/{example['frame']:06d}.png"
+                path = self._writer.folder / kind / file
+                pictures.write_ids(path, example["prediction"], self._writer.spec)
+            else:
+                frame = self._writer.drawn(kind, example)
+                self._videos[kind].write(cv2.cvtColor(frame, cv2.COLOR_RGB2BGR))
+        return self._writer.line(example)
+
+    def close(self) -> None:
+        for video in self._videos.values():
+            video.release()
+
+
+@dataclasses.dataclass
+class Labelling:
+    """A network under a protocol, and the problems it met."""
+
+    predictor: Predictor
+    variables: dict[str, Any]
+    problems: list[str] = dataclasses.field(default_factory=list)
+
+    def images(self, found: list[Input], writer: Writer) -> Iterator[dict[str, Any]]:
+        """Labels and writes images; their lines of shares. Threads read ahead and write."""
+
+        def examples():
+            for source, image in in_threads(lambda source: (source, source.image()), found):
+                if isinstance(image, str):
+                    self.problems.append(image)
+                else:
+                    yield {"name": source.name, "path": str(source.path), "image": image}
+
+        for kind in writer.pictures if found else ():
+            (writer.folder / kind).mkdir(parents=True, exist_ok=True)
+        yield from in_threads(writer.image, self._labelled(examples()))
+
+    def video(self, source: Input, writer: Writer) -> Iterator[dict[str, Any]]:
+        """Labels and writes a video; the lines of its frames."""
+        try:
+            video = Video(source.path)
+        except DataError as error:
+            self.problems.append(str(error))
+            return
+
+        def examples():
+            for number, image in enumerate(inputs.ahead(video, AHEAD)):
+                where = {"frame": number, "seconds": round(number / video.rate, 6)}
+                yield {"name": source.name, "path": str(source.path), "image": image} | where
+
+        frames, count = FrameWriter(writer, source.name, video), 0
+        try:
+            for line in in_threads(frames, self._labelled(examples()), threads=1):
+                count += 1
+                yield line
+        finally:
+            frames.close()
+        if count < video.frames - 1:
+            self.problems.append(f"{source.path}: ends after {count} of {video.frames} frames")
+
+    def _labelled(self, examples):
+        for batch, _ in self.predictor.batches(self.variables, examples):
+            yield from batch
+
+
+def predict(labelling: Labelling, found: list[Input], images: Writer, videos: Writer) -> int:
+    """Labels everything found; returns the number of images and frames.
+
+    Shows the progress, writes the lines of shares and at the end the legend.
     """
-    if path.is_file():
-        return [path]
-    if not path.is_dir():
-        raise FileNotFoundError(f"--input={path}: no such file or folder")
-    found = sorted(p for p in path.rglob("*") if p.suffix.lower() in EXTENSIONS and p.is_file())
-    if not found:
-        raise FileNotFoundError(f"--input={path}: no image below it ({', '.join(EXTENSIONS)})")
-    return found
+    stills = [source for source in found if not source.is_video]
+    films = [source for source in found if source.is_video]
+    shares = None
+    if "shares" in images.outputs:
+        images.folder.mkdir(parents=True, exist_ok=True)
+        shares = open(images.folder / "shares.jsonl", "w", encoding="utf-8")  # noqa: SIM115
+
+    def lines():
+        yield from labelling.images(stills, images)
+        for source in films:
+            yield from labelling.video(source, videos)
+
+    total, seen, done = len(stills) + sum(map(_frames, films)), set(), 0
+    try:
+        for line in progress.shown(lines(), total, "image"):
+            done += 1
+            seen |= {k for k, count in enumerate(line["pixels"].values()) if count}
+            if shares:
+                shares.write(json.dumps(line, ensure_ascii=False) + "\n")
+    finally:
+        if shares:
+            shares.close()
+    if done and "legend" in images.outputs:
+        legend = drawing.legend(images.spec, LEGEND_WIDTH - 2 * drawing.GAP, seen)
+        framed = ImageOps.expand(legend, drawing.GAP, drawing.PAPER)
+        framed.save(images.folder / "legend.png")
+    return done
 
 
-def write_prediction(folder: Path, name: str, image: np.ndarray, ids: np.ndarray, spec: LabelSpec):
-    for kind in ("ids", "colour", "overlay"):
-        (folder / kind).mkdir(parents=True, exist_ok=True)
-    pictures.write_ids(folder / "ids" / name, ids, spec)
-    Image.fromarray(spec.colourise(ids)).save(folder / "colour" / name)
-    Image.fromarray(pictures.overlay(image, ids, spec)).save(folder / "overlay" / name)
+def _frames(source: Input) -> int:
+    try:
+        return Video(source.path).frames
+    except DataError:
+        return 0
+
+
+def throughput(done: int, seconds: float, predictor: Predictor) -> str:
+    """How fast it went, the first batch of each program apart: it waits for the compiler."""
+    slow, images = predictor.compiling
+    text = f"{done} images in {seconds:.1f} s"
+    if done > images:
+        rate = (done - images) / max(seconds - slow, 1e-9)
+        return (
+            f"{text}: {slow:.1f} s for {images} while programs compiled, then {rate:.2f} images/s"
+        )
+    return f"{text}, all of them while programs compiled"
 
 
 def main(_) -> None:
     args = flags.FLAGS
     cli.use_compilation_cache(Path(args.model))
-    source, output = Path(args.input), Path(args.output)
-    paths = find_images(source)
+    output = Path(args.output)
+    found = inputs.find(args.input, output)
     run = workdirs.load(args.model, args.checkpoint)
-    predict = make_predictor(run.model, run.variables)
-    unreadable, start = [], time.monotonic()
-    for number, path in enumerate(paths, 1):
-        relative = path.relative_to(source) if source.is_dir() else Path(path.name)
-        try:
-            image = codec.decode_image(path.read_bytes(), str(path))
-        except (DataError, OSError) as error:
-            unreadable.append(str(error))
-            continue
-        name = pictures.file_name(str(relative.with_suffix(""))) + ".png"
-        write_prediction(output, name, image, predict(image), run.spec)
-        print(f"{number}/{len(paths)}  {relative}", flush=True)
-    seconds = time.monotonic() - start
-    done = len(paths) - len(unreadable)
-    print(f"{done} images in {seconds:.1f} s; masks, colours and overlays in {output}")
-    if unreadable:
-        sys.exit("\n".join([f"{len(unreadable)} images could not be read:", *unreadable]))
+    config = protocols.select(run.config, args.protocol, args.set)
+    sizes = [size for size in in_threads(Input.size, found) if size]
+    protocol = protocols.Protocol.from_config(config).planned(sizes)
+    labelling = Labelling(Predictor(run.model, protocol, config.eval.batch_size), run.variables)
+    wanted = functools.partial(Writer, output, spec=run.spec, opacity=args.opacity)
+    start = time.monotonic()
+    images = wanted(outputs=tuple(args.outputs or OUTPUTS))
+    videos = wanted(outputs=tuple(args.outputs or OF_VIDEOS))
+    done = predict(labelling, found, images, videos)
+    print(throughput(done, time.monotonic() - start, labelling.predictor))
+    print(f"results in {output}; {protocol.sentence()}")
+    if labelling.problems:
+        count = len(labelling.problems)
+        sys.exit(
+            "\n".join([f"{count} of {len(found)} files could not be read:", *labelling.problems])
+        )
 
 
 if __name__ == "__main__":
     flags.DEFINE_string("model", None, "The workdir of a run.", required=True)
-    flags.DEFINE_string("input", None, "An image, or a folder of images.", required=True)
+    flags.DEFINE_multi_string("input", None, "Image, video, folder or pattern.", required=True)
     flags.DEFINE_string("output", None, "Folder for the results.", required=True)
     flags.DEFINE_string("checkpoint", "best", "best, latest or a step.")
+    cli.define_names("outputs", OUTPUTS, "Only these; of videos ids and colour must be named.")
+    flags.DEFINE_float("opacity", 0.5, "Of the colours in overlays.", 0.0, 1.0)
+    protocols.define_flags()
     cli.run(main)

@@ -31,7 +31,7 @@ class Progress:
         line = f"{self._unit} {done}/{self._total}  {text}"
         if done > first:
             pace = (now - start - self._paused) / (done - first)
-            line += f"  {clock(pace * (self._total - done))} left"
+            line += f"  {clock(pace * max(self._total - done, 0))} left"
         if not self._stream.isatty():
             if log:
                 self.say(line)

@@ -20,8 +20,8 @@ import ml_collections
 import numpy as np
 from absl import flags
 
+from duc_dlc_jax import cli, padding
 from duc_dlc_jax import config as config_lib
-from duc_dlc_jax import padding
 from duc_dlc_jax.config import ConfigError
 from duc_dlc_jax.models import registry
 from duc_dlc_jax.padding import Size
@@ -48,20 +48,10 @@ def define_flags(several: bool = False) -> None:
     """The flags --protocol (of `several`: a list) and --set, for `select`."""
     default = "Default: the configuration's config.eval."
     if several:
-        names = f"One or several of {', '.join(PRESETS)}, separated by commas. {default}"
-        flags.DEFINE_list("protocol", [], names)
-        flags.register_validator("protocol", _are_presets)
+        cli.define_names("protocol", tuple(PRESETS), default)
     else:
         flags.DEFINE_enum("protocol", "", ["", *PRESETS], default)
     flags.DEFINE_multi_string("set", [], "FIELD=VALUE of config.eval, after the protocol.")
-
-
-def _are_presets(names: list[str]) -> bool:
-    if unknown := [name for name in names if name not in PRESETS]:
-        raise flags.ValidationError(f"no protocol {unknown[0]!r}; allowed: {', '.join(PRESETS)}")
-    if len(set(names)) < len(names):
-        raise flags.ValidationError(f"the same protocol twice: {', '.join(names)}")
-    return True
 
 
 def select(

@@ -5,11 +5,12 @@ import json
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
-from duc_dlc_jax import evaluate, predict, sharding, submit, workdirs
+from duc_dlc_jax import evaluate, protocols, sharding, submit, workdirs
 from duc_dlc_jax.data import pipeline
 from duc_dlc_jax.data.records import open_records
 from duc_dlc_jax.train import train
@@ -146,9 +147,10 @@ def test_images_of_several_sizes_evaluate_together(trained):
     examples = [example(40, 56), example(33, 47), example(40, 56), example(40, 56)]
     scores, kept = evaluate.Evaluator(run.model, run.spec, 2).run(run.variables, examples, keep=4)
     assert scores["matrix"].sum() == 3 * 40 * 56 + 33 * 47
-    predictor = predict.make_predictor(run.model, run.variables)
+    apply = jax.jit(run.model.apply)
     for example in kept:
-        assert (predictor(example["image"]) == example["prediction"]).mean() > 0.999
+        expected = apply(run.variables, example["image"][None]).argmax(-1)[0]
+        assert (expected == example["prediction"]).mean() > 0.999
 
 
 def test_evaluate_command(trained, tmp_path):
@@ -213,28 +215,31 @@ def test_predictions_of_a_split_become_an_archive(trained, tmp_path):
     assert submit.write_archive(tmp_path / "x.zip", spec, predictions) == 40
 
 
-def test_predict_command(trained, tmp_path):
+def test_predict_command(trained, scenes_dir, tmp_path):
+    """Scenes labelled as `evaluate` does, to the pixel; a broken file is named at the end."""
+    loaded = workdirs.load(trained[0])
+    records = open_records(tiny_config(scenes_dir).data, "val")
     images = tmp_path / "images"
     (images / "deep").mkdir(parents=True)
-    pixels = np.random.default_rng(0).integers(0, 256, (50, 70, 3), np.uint8)
-    Image.fromarray(pixels).save(images / "deep" / "one.png")
+    for i in range(3):
+        Image.fromarray(records[i]["image"]).save(images / "deep" / f"{i}.png")
     (images / "broken.jpg").write_bytes(b"not an image")
-    arguments = ["--input", str(images), "--output", str(tmp_path / "out")]
-    result = run(
-        [sys.executable, "-m", "duc_dlc_jax.predict", f"--model={trained[0]}", *arguments],
-        check=False,
-    )
+    protocol = ["--protocol=multi_scale", "--set=scales=(0.5, 1.0)"]
+    arguments = [f"--input={images}", f"--output={tmp_path / 'out'}", *protocol]
+    command = [sys.executable, "-m", "duc_dlc_jax.predict", f"--model={trained[0]}", *arguments]
+    result = run([*command, "--outputs=ids,shares"], check=False)
     assert result.returncode == 1
-    assert "broken.jpg" in result.stderr
-    ids = Image.open(tmp_path / "out" / "ids" / "deep_one.png")
-    assert ids.mode == "P"
-    loaded = workdirs.load(trained[0])
-    expected = predict.make_predictor(loaded.model, loaded.variables)(pixels)
-    np.testing.assert_array_equal(np.array(ids), expected)
-    colour = np.array(Image.open(tmp_path / "out" / "colour" / "deep_one.png"))
-    np.testing.assert_array_equal(colour, loaded.spec.colourise(expected))
-    with Image.open(tmp_path / "out" / "overlay" / "deep_one.png") as overlay:
-        assert overlay.size == (70, 50)
+    assert "1 of 4 files could not be read" in result.stderr
+    assert "broken.jpg: 12 bytes that are not a readable" in result.stderr
+    assert "3 images in " in result.stdout
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["ids", "shares.jsonl"]
+    chosen = protocols.Protocol(scales=(0.5, 1.0), flip=True, crop_size=64, stride=42)
+    evaluator = evaluate.Evaluator(loaded.model, loaded.spec, 8, chosen)
+    for example in evaluator.predictions(loaded.variables, [records[i] for i in range(3)]):
+        (number,) = (i for i in range(3) if records[i]["name"] == example["name"])
+        with Image.open(tmp_path / "out" / "ids" / f"deep_{number}.png") as ids:
+            assert ids.mode == "P"
+            np.testing.assert_array_equal(np.array(ids), example["prediction"])
 
 
 def test_checkpoints_can_be_named(trained):

@@ -6,7 +6,8 @@ FOLDER holds config.json, variables.npz, batch.npz (image, label, infer) and set
 process builds the network of `torch_twin` with the package's algebraic shortcuts, in channels_last,
 under bfloat16 autocast where the configuration says bfloat16, writes the logits of the first image,
 and then answers lines of JSON on stdin: {"what": "train" or "infer", "steps": N, "way": "eager" or
-"compile"} -> {"seconds": per call, "peak_bytes": ...}.
+"compile"} -> {"seconds": per call, "peak_bytes": ...}. Where settings.json has shapes, it times
+single convolutions instead and prints their seconds.
 """
 
 from __future__ import annotations
@@ -173,6 +174,42 @@ class Peer:
         return logits.permute(0, 2, 3, 1).cpu().numpy()
 
 
+def layer_seconds(shapes, batch: int, half: bool, steps: int) -> list[dict[str, float]]:
+    """Seconds of a dilated 3x3 convolution and of both its gradients, per shape, channels_last."""
+    rows, dtype = [], torch.bfloat16 if half else torch.float32
+    for channels, features, side, dilation in shapes:
+        x = torch.randn(batch, channels, side, side, device=DEVICE, dtype=dtype)
+        kernel = torch.randn(features, channels, 3, 3, device=DEVICE, dtype=dtype)
+        dy = torch.randn(batch, features, side, side, device=DEVICE, dtype=dtype)
+        x, kernel, dy = (a.contiguous(memory_format=torch.channels_last) for a in (x, kernel, dy))
+        pad = [dilation] * 2
+
+        def gradient(mask, x=x, kernel=kernel, dy=dy, pad=pad):
+            return torch.ops.aten.convolution_backward(
+                dy, x, kernel, None, [1, 1], pad, pad, False, [0, 0], 1, mask
+            )
+
+        calls = {
+            "forward": lambda x=x, kernel=kernel, pad=pad: F.conv2d(x, kernel, None, 1, pad, pad),
+            "input gradient": lambda f=gradient: f([True, False, False]),
+            "weight gradient": lambda f=gradient: f([False, True, False]),
+        }
+        rows.append({name: median_seconds(call, steps) for name, call in calls.items()})
+    return rows
+
+
+def median_seconds(call, rounds: int, calls: int = 5) -> float:
+    times = []
+    for _ in range(rounds + 2):
+        wait()
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+        wait()
+        times.append((time.perf_counter() - start) / calls)
+    return float(np.median(times[2:]))
+
+
 def classes(variables) -> int:
     return variables["params"]["classifier"]["kernel"].shape[-1]
 
@@ -183,11 +220,15 @@ def wait() -> None:
 
 
 def main(folder: str) -> None:
+    torch.backends.cudnn.benchmark = True
     root = pathlib.Path(folder)
     settings = json.loads((root / "settings.json").read_text())
     if settings.get("threads"):
         torch.set_num_threads(settings["threads"])
-    torch.backends.cudnn.benchmark = True
+    if "shapes" in settings:
+        asked = (settings[name] for name in ("shapes", "batch", "half", "steps"))
+        print(json.dumps(layer_seconds(*asked)))
+        return
     torch.manual_seed(0)
     peer = Peer(root)
     np.save(root / "torch_logits.npy", peer.first_logits())

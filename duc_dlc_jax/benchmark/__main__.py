@@ -31,7 +31,7 @@ from ml_collections import config_flags
 from duc_dlc_jax import cli, protocols
 from duc_dlc_jax import config as config_lib
 from duc_dlc_jax.benchmark import formats, inputs, layers, model
-from duc_dlc_jax.benchmark.peer import Peer
+from duc_dlc_jax.benchmark.peer import Peer, layer_seconds
 from duc_dlc_jax.data import photos
 from duc_dlc_jax.models import segmenter
 
@@ -119,10 +119,15 @@ def measure_input(args: Any) -> dict[str, Any]:
 def measure_layers(args: Any) -> dict[str, Any]:
     """Runs and prints `layers`."""
     config = args.config
-    rows = layers.table(config.model.dtype, config.train.batch_size, args.steps)
-    print(f"{jax.devices()[0].device_kind}, {config.model.dtype}, batch {config.train.batch_size}")
+    dtype, batch = config.model.dtype, config.train.batch_size
+    rows = layers.table(dtype, batch, args.steps)
+    if args.peer:
+        theirs = layer_seconds(layers.SHAPES, batch, dtype, args.steps)
+        for row, seconds in zip(rows, theirs, strict=True):
+            row |= {f"PyTorch {name}": value for name, value in seconds.items()}
+    print(f"{jax.devices()[0].device_kind}, {dtype}, batch {batch}")
     layers.show(rows)
-    lost = layers.losses_table(config.train.batch_size, config.data.crop_size, args.steps)
+    lost = layers.losses_table(batch, config.data.crop_size, args.steps)
     layers.show_losses(lost)
     return {"layers": rows, "losses": lost, "device": jax.devices()[0].device_kind}
 

@@ -24,6 +24,25 @@ SCRIPT = pathlib.Path(__file__).parents[2] / "tests" / "torch_peer.py"
 WAYS = ("eager", "compile")  # torch.compile where it works
 
 
+def check() -> None:
+    """Raises ConfigError where the repository's tests are not there."""
+    if not SCRIPT.is_file():
+        raise ConfigError(f"--peer=torch needs a checkout of the repository: no {SCRIPT}")
+
+
+def layer_seconds(shapes: Any, batch: int, dtype: str, steps: int) -> list[dict[str, float]]:
+    """Seconds of PyTorch's forward, input gradient and weight gradient of each convolution."""
+    check()
+    settings = {"shapes": shapes, "batch": batch, "half": dtype == "bfloat16", "steps": steps}
+    with tempfile.TemporaryDirectory() as folder:
+        (pathlib.Path(folder) / "settings.json").write_text(json.dumps(settings))
+        command = [sys.executable, str(SCRIPT), folder]
+        done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise ConfigError(f"PyTorch's process ended:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 class Peer:
     """A running PyTorch process with the network of `work` (a `model.Work`).
 
@@ -38,8 +57,7 @@ class Peer:
 
         Raises ConfigError where the repository's `tests` or PyTorch is missing.
         """
-        if not SCRIPT.is_file():
-            raise ConfigError(f"--peer=torch needs a checkout of the repository: no {SCRIPT}")
+        check()
         self._folder = tempfile.TemporaryDirectory()
         self.failed: dict[str, str] = {}
         self.peak_bytes = None

@@ -19,7 +19,7 @@ from duc_dlc_jax.data.labels import DataError
 BAD_IMAGE, BAD_MASK, MODE = "unreadable image", "unreadable mask", "mode"  # kinds of DataError
 _PNG = b"\x89PNG\r\n\x1a\n"
 _GREY = 0  # colour type of a PNG's header
-_ORIENTATION = 274  # the EXIF tag
+ORIENTATION = 274  # the EXIF tag
 
 
 def decode_image(data: bytes, name: str) -> np.ndarray:
@@ -71,7 +71,7 @@ def exif_orientation(data: bytes) -> int:
     if b"Exif" not in data and b"eXIf" not in data:
         return 1
     with Image.open(io.BytesIO(data)) as image:
-        return int(image.getexif().get(_ORIENTATION, 1))
+        return int(image.getexif().get(ORIENTATION, 1))
 
 
 def read_mask(data: bytes, name: str, colours: bool = False) -> np.ndarray:

@@ -467,5 +467,5 @@ def interpolate(x: jax.Array, low: jax.Array, fraction: jax.Array, axis: int) ->
     first, second = (
         jnp.take_along_axis(x, cells, axis, mode="clip").astype(wide) for cells in (low, low + 1)
     )
-    weights = (part.astype(x.dtype).astype(wide) for part in (1 - fraction, fraction))
-    return sum(w * y for w, y in zip(weights, (first, second), strict=True)).astype(x.dtype)
+    below, above = (part.astype(x.dtype).astype(wide) for part in (1 - fraction, fraction))
+    return (below * first + above * second).astype(x.dtype)

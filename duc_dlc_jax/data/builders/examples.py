@@ -134,9 +134,12 @@ def _class_points(label: np.ndarray, name: str) -> np.ndarray:
     return np.array(points, np.int32).reshape(-1, 3)
 
 
-def in_threads(function, items: Iterable) -> Iterator:
-    """Yields function(item) in order, computed ahead on all cores (the codecs free the GIL)."""
-    threads = os.cpu_count() or 1
+def in_threads(function, items: Iterable, threads: int = 0) -> Iterator:
+    """Yields function(item) in order, computed ahead on all cores (the codecs free the GIL).
+
+    threads: how many instead; 1 calls the function in order too.
+    """
+    threads = threads or os.cpu_count() or 1
     waiting: collections.deque = collections.deque()
     with concurrent.futures.ThreadPoolExecutor(threads) as pool:
         try:

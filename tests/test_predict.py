@@ -1,0 +1,179 @@
+"""Files of all kinds to masks, colours, overlays, videos and shares."""
+
+from __future__ import annotations
+
+import json
+
+import cv2
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from duc_dlc_jax import evaluate, padding, pictures, predict, protocols, sharding
+from duc_dlc_jax.data import inputs
+from duc_dlc_jax.data.labels import label_spec
+from duc_dlc_jax.labelling import Predictor
+from networks import images_of, jit, network
+
+SPEC = label_spec("camvid")
+
+
+@pytest.fixture(autouse=True)
+def quick_programs(monkeypatch):
+    monkeypatch.setattr(jax, "jit", jit)
+
+
+def labelling_of(protocol):
+    model, variables, _ = network("corners", "float32")
+    variables = jax.device_put(variables, sharding.replicated(sharding.data_mesh()))
+    return predict.Labelling(Predictor(model, protocol), variables)
+
+
+def read(path):
+    with Image.open(path) as image:
+        return np.array(image)
+
+
+def lines_of(folder):
+    return [json.loads(line) for line in (folder / "shares.jsonl").read_text().splitlines()]
+
+
+def write_video(path, frames, code="MJPG", rate=5.0):
+    height, width = frames[0].shape[:2]
+    video = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*code), rate, (width, height))
+    for frame in frames:
+        video.write(frame)
+    video.release()
+
+
+# Labelling
+
+
+def test_a_folder_of_many_sizes_is_labelled_as_evaluate_does(tmp_path, monkeypatch):
+    """To the pixel, in few programs; files that are no images are named, and cost nothing else."""
+    monkeypatch.setattr(padding, "MOST_PROGRAMS", 2)
+    images = images_of((33, 29), (17, 38), (40, 33), (40, 51), (20, 30))
+    for number, image in enumerate(images):
+        Image.fromarray(image).save(tmp_path / f"{number}.png")
+    (tmp_path / "empty.jpg").write_bytes(b"")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "0.png").read_bytes()[:60])
+    out = tmp_path / "out"
+    found = inputs.find([str(tmp_path)], out)
+    protocol = protocols.Protocol(flip=True).planned([s for f in found if (s := f.size())])
+    labelling = labelling_of(protocol)
+    writer = predict.Writer(out, predict.OUTPUTS, SPEC, opacity=0.25)
+    assert predict.predict(labelling, found, writer, writer) == 5
+    assert labelling.predictor.programs()["network"] == 2
+    assert labelling.predictor.compiling[1] == 2
+    assert [problem.split(": ")[0].rsplit("/", 1)[1] for problem in labelling.problems] == [
+        "cut.png",
+        "empty.jpg",
+    ]
+    examples = [
+        {"image": image, "label": np.zeros(image.shape[:2], np.uint8), "name": str(number)}
+        for number, image in enumerate(images)
+    ]
+    model, _, _ = network("corners", "float32")
+    evaluator = evaluate.Evaluator(model, SPEC, 1, protocol)
+    lines = {line["name"]: line for line in lines_of(out)}
+    for example in evaluator.predictions(labelling.variables, examples):
+        name, ids = example["name"], example["prediction"]
+        np.testing.assert_array_equal(read(out / "ids" / f"{name}.png"), ids)
+        colours = SPEC.colourise(ids)
+        np.testing.assert_array_equal(read(out / "colour" / f"{name}.png"), colours)
+        mixed = np.round(0.75 * example["image"] + 0.25 * colours)  # exact: quarters
+        np.testing.assert_array_equal(read(out / "overlay" / f"{name}.png"), mixed)
+        line = lines.pop(name)
+        assert (line["height"], line["width"]) == ids.shape
+        counts = [int((ids == k).sum()) for k in range(11)]
+        assert line["pixels"] == dict(zip(SPEC.classes, counts, strict=True))
+        assert sum(line["share"].values()) == pytest.approx(1, abs=1e-5)
+    assert not lines
+    with Image.open(out / "ids" / "0.png") as ids, Image.open(out / "legend.png") as legend:
+        assert ids.getpalette()[: 3 * 11] == list(np.ravel(SPEC.palette))
+        assert legend.width == predict.LEGEND_WIDTH
+
+
+def test_a_video_becomes_a_video_of_overlays_and_masks_per_frame(tmp_path):
+    frames = [np.full((48, 64, 3), 30 * i, np.uint8) for i in range(7)]
+    write_video(tmp_path / "drive.avi", frames)
+    (tmp_path / "cut.mp4").write_bytes((tmp_path / "drive.avi").read_bytes()[:200])
+    out = tmp_path / "out"
+    found = inputs.find([str(tmp_path / "*.*")], out)
+    assert {source.name: source.size() for source in found} == {"drive": (48, 64), "cut": None}
+    labelling = labelling_of(protocols.Protocol())
+    writer = predict.Writer(out, predict.OUTPUTS, SPEC)
+    assert predict.predict(labelling, found, writer, writer) == 7
+    assert labelling.problems == [f"{tmp_path / 'cut.mp4'}: OpenCV finds no video in it"]
+    overlay = inputs.Video(out / "overlay" / "drive.mp4")
+    assert (overlay.size, overlay.rate, overlay.frames) == ((48, 64), 5, 7)
+    lines, shown = lines_of(out), list(overlay)
+    assert [(line["frame"], line["seconds"]) for line in lines] == [(i, i / 5) for i in range(7)]
+    _, _, apply = network("corners", "float32")
+    for number, image in enumerate(inputs.Video(tmp_path / "drive.avi")):
+        assert abs(image.astype(int) - frames[number]).max() < 8  # in their order; lossy
+        ids = read(out / "ids" / "drive" / f"{number:06d}.png")
+        expected = np.asarray(apply(labelling.variables, image[None]))[0].argmax(-1)
+        assert (ids == expected).mean() > 0.999
+        assert lines[number]["pixels"]["sky"] == (ids == 0).sum()
+        drawn = pictures.overlay(image, ids, SPEC)
+        assert abs(shown[number].astype(int) - drawn).mean() < 16  # MPEG-4
+
+
+def test_only_the_wanted_outputs_are_written(tmp_path):
+    (image,) = images_of((40, 51))
+    Image.fromarray(image).save(tmp_path / "a.png")
+    writer = predict.Writer(tmp_path / "out", ("shares",), SPEC)
+    found = inputs.find([str(tmp_path / "a.png")], tmp_path / "out")
+    predict.predict(labelling_of(protocols.Protocol()), found, writer, writer)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["shares.jsonl"]
+
+
+# Finding and reading
+
+
+def test_files_folders_and_patterns_are_found_under_names_of_their_own(tmp_path):
+    for name in ("a/x.png", "a_x.png", "b/x.jpg", "b/x.png", "b/.hidden.png", "b/notes.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    out = tmp_path / "out" / "overlay"
+    out.mkdir(parents=True)
+    (out / "x.png").write_bytes(b"")
+
+    def names(*texts):
+        found = inputs.find([str(tmp_path / text) for text in texts], tmp_path / "out")
+        return {source.name: str(source.path.relative_to(tmp_path)) for source in found}
+
+    assert names(".") == {
+        "a_x_png": "a/x.png",
+        "a_x_png_2": "a_x.png",
+        "b_x_jpg": "b/x.jpg",
+        "b_x_png": "b/x.png",
+    }
+    assert names("b/*.png", "a_x.png") == {"x": "b/x.png", "a_x": "a_x.png"}
+    assert names("**/x.png") == {"a_x": "a/x.png", "b_x": "b/x.png"}
+    assert names("b/notes.txt") == {"notes": "b/notes.txt"}  # named by the user: tried
+    for text in ("c", "b/*.gif", "out"):
+        with pytest.raises(FileNotFoundError, match=r"--input=\S+: no file"):
+            names(text)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_headers_say_the_size_of_the_turned_image(tmp_path, orientation):
+    exif = Image.Exif()
+    exif[274] = orientation
+    Image.new("RGB", (30, 20)).save(tmp_path / "x.jpg", exif=exif)
+    (source,) = inputs.find([str(tmp_path / "x.jpg")], tmp_path / "out")
+    assert source.size() == source.image().shape[:2] == ((30, 20) if orientation > 4 else (20, 30))
+
+
+def test_ahead_keeps_the_order_and_hands_errors_on():
+    def items():
+        yield from range(5)
+        raise OSError("gone")
+
+    stream = inputs.ahead(items(), 3)
+    assert [next(stream) for _ in range(5)] == list(range(5))
+    with pytest.raises(OSError, match="gone"):
+        next(stream)
