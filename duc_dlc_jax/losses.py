@@ -58,7 +58,6 @@ def over_slabs(
     labels = jnp.pad(labels, padding, constant_values=IGNORE)
     labels = jnp.moveaxis(labels.reshape(batch, count, rows, width), 1, 0)
 
-    @jax.checkpoint
     def slab(logits, matrix, labels):
         exact = jax.lax.Precision.HIGHEST
         some = jnp.einsum("rh,bhwk->brwk", matrix, logits, precision=exact)
@@ -66,6 +65,7 @@ def over_slabs(
 
     if count == 1:
         return slab(logits, matrix, labels[0])
+    slab = jax.checkpoint(slab)
     empty = jax.eval_shape(slab, logits, matrix[:rows], labels[0])
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), empty)
 

@@ -77,7 +77,8 @@ def rates(args: Any, kinds: list[str]) -> dict[str, Any]:
         if args.peer:
             image = np.random.default_rng(0).integers(0, 256, (1, *work.size, 3), np.uint8)
             data = model.random_batch(args.config, work.classes)
-            peer = stack.enter_context(contextlib.closing(Peer(work, data, image, args.threads)))
+            peer = Peer(work, data, image, args.ways, args.threads)
+            stack.enter_context(contextlib.closing(peer))
             print(f"PyTorch {peer.version}: logits differ by {peer.difference:.1e} (relative)")
             result["peer"] = {"torch": peer.version, "difference": peer.difference}
         if "train" in kinds:
@@ -181,6 +182,7 @@ if __name__ == "__main__":
     flags.DEFINE_integer("rounds", 5, "Rounds of train and infer.", 1)
     flags.DEFINE_string("size", "", "HEIGHTxWIDTH of the image that infer labels.")
     flags.DEFINE_enum("peer", "", ["", "torch"], "Also time PyTorch, in alternating rounds.")
+    flags.DEFINE_multi_enum("ways", ["eager", "compile"], ["eager", "compile"], "Of PyTorch.")
     flags.DEFINE_integer("threads", 0, "Of PyTorch's; 0: its own choice.", 0)
     flags.DEFINE_bool("profile", False, "Also say where the time of a training step goes.")
     flags.DEFINE_float("seconds", 4.0, "Of a round with --what=input.", 0.0)

@@ -21,7 +21,6 @@ from duc_dlc_jax import config as config_lib
 from duc_dlc_jax.config import ConfigError
 
 SCRIPT = pathlib.Path(__file__).parents[2] / "tests" / "torch_peer.py"
-WAYS = ("eager", "compile")  # torch.compile where it works
 
 
 def check() -> None:
@@ -52,12 +51,15 @@ class Peer:
       peak_bytes: the most device memory that PyTorch allocated, of the last way timed.
     """
 
-    def __init__(self, work: Any, data: dict[str, np.ndarray], image: np.ndarray, threads: int = 0):
+    def __init__(
+        self, work: Any, data: dict[str, np.ndarray], image: np.ndarray, ways: Any, threads: int
+    ):
         """data: the training batch; image: uint8 [1, H, W, 3] of inference.
 
         Raises ConfigError where the repository's `tests` or PyTorch is missing.
         """
         check()
+        self._asked = ways
         self._folder = tempfile.TemporaryDirectory()
         self.failed: dict[str, str] = {}
         self.peak_bytes = None
@@ -82,9 +84,9 @@ class Peer:
         self._ways: dict[str, list[str]] = {}
 
     def ways(self, what: str) -> list[str]:
-        """The ways that can be timed, warmed up: "eager", and "compile" unless it fails."""
+        """The ways that can be timed, warmed up: those asked for that do not fail."""
         if what not in self._ways:
-            found = [way for way in WAYS if self.seconds(what, way, 1) > 0]
+            found = [way for way in self._asked if self.seconds(what, way, 1) > 0]
             self._ways[what] = [way for way in found if self.seconds(what, way, 3) > 0]
         return self._ways[what]
 
