@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 import runpy
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,6 +40,8 @@ CHOICES = {
     "model.bn_groups": ("global", "device"),
     "model.bn_running_variance": ("biased", "unbiased"),
     "model.bn_padding": ("counted", "masked"),
+    "loss.class_balance": ("none", "inverse_log", "median_frequency"),
+    "optimizer.name": ("sgd", "adamw"),
     "eval.mode": ("whole", "sliding", "source_code"),
     "eval.average": ("softmax", "exp_sum"),
 }
@@ -101,6 +104,7 @@ def default() -> ml_collections.ConfigDict:
     c.model.bn_momentum = 0.9  # Flax's sense: running = 0.9 running + 0.1 batch
     c.model.bn_epsilon = 1e-5
     c.model.bn_groups = "global"  # statistics over: global (the whole batch) or device
+    c.model.backbone_frozen = False  # neither its parameters nor its statistics change
     c.model.bn_frozen = False  # use and keep the running statistics in training
     c.model.bn_running_variance = "biased"  # biased (Flax) or unbiased (PyTorch)
     c.model.bn_padding = "counted"  # padding of crops in the statistics: counted [C] or masked
@@ -111,13 +115,24 @@ def default() -> ml_collections.ConfigDict:
 
     c.loss = ml_collections.ConfigDict()
     c.loss.aux_weight = 0.2  # used with model.aux_head [C]
+    c.loss.class_weights = ()  # one per class, in the order of the train ids; () = 1 each
+    c.loss.class_balance = "none"  # or weights from the training split's pixels: inverse_log, ...
+    c.loss.label_smoothing = 0.0  # share of the target that all classes divide evenly
+    c.loss.ohem_threshold = 0.0  # only pixels whose label has less probability count; 0 = all
+    c.loss.ohem_min_kept = 100_000  # pixels per image that count at least, over the batch
 
     c.optimizer = ml_collections.ConfigDict()
+    c.optimizer.name = "sgd"  # sgd, adamw
     c.optimizer.learning_rate = 1e-3
     c.optimizer.new_layer_multiplier = 10.0  # learning rate of everything but the backbone [C]
+    c.optimizer.multipliers = ()  # "PATH=FACTOR": of parts by the beginning of their names
+    c.optimizer.warmup_steps = 0  # linear, before and times poly
     c.optimizer.power = 0.9  # poly: (1 - step / steps) ** power
     c.optimizer.momentum = 0.9
-    c.optimizer.weight_decay = 1e-4  # coupled: added to the gradient before the momentum
+    c.optimizer.weight_decay = 1e-4  # sgd: coupled, added to the gradient; adamw: decoupled
+    c.optimizer.decay_kernels_only = False  # else BN's scale and bias, and biases, decay too [C]
+    c.optimizer.adam_betas = (0.9, 0.999)
+    c.optimizer.adam_epsilon = 1e-8
     c.optimizer.clip_norm = 0.0  # global gradient norm; 0 = off
     c.optimizer.ema_decay = 0.0  # of parameters and BN statistics; 0 = off
 
@@ -178,9 +193,18 @@ def validate(config: ml_collections.ConfigDict) -> None:
     if values["model.context_width"] < 0 or values["model.context_width"] % 4:
         width = values["model.context_width"]
         raise ConfigError(f"model.context_width={width}; allowed: multiples of 4, 0 as published")
-    if not 0 <= values["data.class_uniform_share"] <= 1:
-        share = values["data.class_uniform_share"]
-        raise ConfigError(f"data.class_uniform_share={share}; allowed: 0..1")
+    shares = ("data.class_uniform_share", "loss.label_smoothing", "loss.ohem_threshold")
+    for name in shares:
+        if not 0 <= values[name] <= 1:
+            raise ConfigError(f"{name}={values[name]}; allowed: 0..1")
+    for name in ("loss.ohem_min_kept", "optimizer.warmup_steps"):
+        if values[name] < 0:
+            raise ConfigError(f"{name}={values[name]}; it must not be negative")
+    for multiplier in values["optimizer.multipliers"]:
+        if not re.fullmatch(r"[^=]+=\d*\.?\d+(e-?\d+)?", multiplier):
+            raise ConfigError(
+                f"optimizer.multipliers: {multiplier!r}; allowed: PATH=FACTOR, as in classifier=20"
+            )
     if not values["eval.scales"]:
         raise ConfigError("eval.scales=(); it must hold positive numbers")
     for name in ("eval.scales", "eval.pad_sides", "model.context_rates"):

@@ -1,49 +1,93 @@
-"""SGD with momentum, coupled weight decay and the poly schedule (section IV.B)."""
+"""SGD with momentum, coupled weight decay and the poly schedule (section IV.B); or AdamW."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import ml_collections
 import optax
 
+from duc_dlc_jax.config import ConfigError
 
-def poly_schedule(learning_rate: float, power: float, steps: int) -> Callable[[Any], jax.Array]:
-    """step -> learning_rate * (1 - step / steps) ** power, per iteration, 0 from `steps` on."""
+
+def poly_schedule(
+    learning_rate: float, power: float, steps: int, warmup_steps: int = 0
+) -> Callable[[Any], jax.Array]:
+    """step -> learning_rate * (1 - step / steps) ** power, per iteration, 0 from `steps` on.
+
+    Of the first `warmup_steps` steps the i-th, from 1, takes i / warmup_steps of it.
+    """
 
     def schedule(step):
         step = jax.numpy.asarray(step, jax.numpy.result_type(float))  # float64 where enabled
-        return learning_rate * jax.numpy.maximum(1 - step / steps, 0) ** power
+        rate = learning_rate * jax.numpy.maximum(1 - step / steps, 0) ** power
+        if warmup_steps:
+            rate = rate * jax.numpy.minimum((step + 1) / warmup_steps, 1)
+        return rate
 
     return schedule
 
 
-def scale_new_layers(multiplier: float) -> optax.GradientTransformation:
-    """Multiplies the updates of all but `backbone`: a higher learning rate for new layers."""
+def scale_parts(new_layers: float, multipliers: Sequence[str] = ()) -> optax.GradientTransformation:
+    """Multiplies updates: by `new_layers` those of all but `backbone`, and then some by name.
+
+    multipliers: "backbone/layer4=0.5" replaces the factor of each parameter whose path begins so;
+    of several the longest counts. Raises ConfigError, when the parameters are seen, for a name that
+    is the beginning of none.
+    """
+    named = {name: float(factor) for name, _, factor in (m.partition("=") for m in multipliers)}
+
+    def factor(path: str) -> float:
+        found = [name for name in named if path.startswith(name)]
+        if found:
+            return named[max(found, key=len)]
+        return 1.0 if path.startswith("backbone/") else new_layers
 
     def update(updates, _):
-        return {
-            name: part
-            if name == "backbone"
-            else jax.tree.map(lambda u: u * jax.numpy.asarray(multiplier, u.dtype), part)
-            for name, part in updates.items()
-        }
+        leaves, tree = jax.tree_util.tree_flatten_with_path(updates)
+        paths = ["/".join(entry.key for entry in path) for path, _ in leaves]
+        for name in named:
+            if not any(path.startswith(name) for path in paths):
+                raise ConfigError(
+                    f"optimizer.multipliers: no parameter's path begins with {name!r}; the parts "
+                    f"are {', '.join(updates)}"
+                )
+        factors = [factor(path) for path in paths]
+        scaled = [
+            leaf if by == 1 else leaf * jax.numpy.asarray(by, leaf.dtype)
+            for (_, leaf), by in zip(leaves, factors, strict=True)
+        ]
+        return jax.tree.unflatten(tree, scaled)
 
     return optax.stateless(update)
 
 
 def create(config: ml_collections.ConfigDict, steps: int) -> optax.GradientTransformation:
-    """`config.optimizer` -> update rule of PyTorch's SGD with two learning rates.
+    """`config.optimizer` -> update rule of PyTorch's SGD or AdamW with a rate for each part.
 
-    d = clip(gradient) + weight_decay * w, for every parameter (BN and bias too, as the code does);
-    v = momentum * v + d;  w = w - poly(step) * (1 or new_layer_multiplier) * v.
+    d = clip(gradient); rate = schedule(step) * the part's multiplier. Decay concerns every
+    parameter (BN and bias too, as the code does), or kernels alone with `decay_kernels_only`.
+
+    sgd: v = momentum * v + d + weight_decay * w;  w = w - rate * v.
+    adamw: w = w - rate * (m / (sqrt(v) + epsilon) + weight_decay * w), m and v the bias-corrected
+    means of d and d^2.
     """
+    mask = _kernels if config.decay_kernels_only else None
+    decay = optax.add_decayed_weights(config.weight_decay, mask)
+    if config.name == "adamw":
+        rule = (optax.scale_by_adam(*config.adam_betas, eps=config.adam_epsilon), decay)
+    else:
+        rule = (decay, optax.trace(config.momentum))
+    schedule = poly_schedule(config.learning_rate, config.power, steps, config.warmup_steps)
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm) if config.clip_norm > 0 else optax.identity(),
-        optax.add_decayed_weights(config.weight_decay),
-        optax.trace(config.momentum),
-        scale_new_layers(config.new_layer_multiplier),
-        optax.scale_by_learning_rate(poly_schedule(config.learning_rate, config.power, steps)),
+        *rule,
+        scale_parts(config.new_layer_multiplier, config.multipliers),
+        optax.scale_by_learning_rate(schedule),
     )
+
+
+def _kernels(params: Any) -> Any:
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)

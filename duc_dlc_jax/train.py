@@ -69,7 +69,8 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, A
         writer.texts(0, {"config": f"```\n{config_lib.to_json(config)}\n```"})
         batches = device_batches(config, records, position, steps - int(state.step), mesh)
         stack.enter_context(contextlib.closing(batches))
-        train_step = sharding.jit_train_step(make_train_step(model, optimizer, config), mesh)
+        step = make_train_step(model, optimizer, config, records.pixels())
+        train_step = sharding.jit_train_step(step, mesh)
         evaluation = _Evaluation(config, model, val_records, writer, workdir)
         scores = _loop(config, state, steps, batches, train_step, evaluation, saved, writer)
         if jax.process_index() == 0:
@@ -83,7 +84,10 @@ def _loop(config, state, steps, batches, train_step, evaluation, saved, writer) 
     progress = Progress(steps, "step", quiet=jax.process_index() != 0)
     figures = writers.StepFigures(config.train.batch_size)
     learning_rate = optimizers.poly_schedule(
-        config.optimizer.learning_rate, config.optimizer.power, steps
+        config.optimizer.learning_rate,
+        config.optimizer.power,
+        steps,
+        config.optimizer.warmup_steps,
     )
     for step in range(first + 1, steps + 1):
         with figures.waiting():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -15,7 +15,6 @@ import numpy as np
 import optax
 
 from duc_dlc_jax import losses
-from duc_dlc_jax.data.labels import IGNORE
 from duc_dlc_jax.models.layers import Conv
 from duc_dlc_jax.models.segmenter import Segmenter
 
@@ -82,27 +81,26 @@ def init_variables(model: Segmenter, seed: int) -> dict[str, Any]:
 
 
 def make_train_step(
-    model: Segmenter, optimizer: optax.GradientTransformation, config: ml_collections.ConfigDict
-) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+    model: Segmenter,
+    optimizer: optax.GradientTransformation,
+    config: ml_collections.ConfigDict,
+    pixels: Sequence[int] | None = None,
+) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
     """(state, {image uint8 [B, H, W, 3], label uint8 [B, H, W]}) -> (state, metrics), to be jitted.
 
     Batches may have an entry `valid`, int32 [B, 2]: height and width of the unpadded part of each
     image, in pixels. `model.bn_padding="masked"` needs it and raises ConfigError without.
 
     Loss and gradients are those of the mean over all labelled pixels of the global batch (PyTorch's
-    data parallel averages the devices' means instead). Metrics are float32 scalars: loss,
-    grad_norm, PA (of the training batch).
+    data parallel averages the devices' means instead). pixels: of each class in the training split,
+    for `loss.class_balance`. Metrics are float32 scalars: loss, grad_norm, PA (of the training
+    batch). Dropout derives from `key`, by default that of config.seed, and the step.
     """
+    chosen = losses.options(config.loss, model.num_classes, pixels)
 
     def mean_over(logits, labels, stride):
-        """Summed cross-entropy, labelled pixels (at least 1), and those of them that are right."""
-
-        def sums(logits, labels):
-            right = (logits.argmax(-1) == labels) & (labels != IGNORE)
-            return *losses.cross_entropy_sum(logits, labels), right.sum()
-
-        total, count, hits = losses.over_slabs(sums, logits, labels, model.resize_grid, stride)
-        return total, jnp.maximum(count, 1), hits
+        how = (chosen, model.resize_grid, stride, model.dtype)
+        return losses.loss_and_accuracy(logits, labels, *how)
 
     def loss_fn(params, batch_stats, batch, key):
         output: Any = model.apply(
@@ -116,21 +114,23 @@ def make_train_step(
         )
         logits, updated = output
         with jax.named_scope("loss"):
-            total, count, hits = mean_over(logits, batch["label"], model.logit_stride)
-            loss = total / count
+            loss, accuracy = mean_over(logits, batch["label"], model.logit_stride)
             for aux_logits in updated.get("intermediates", {}).get("aux_logits", ()):
-                total, count, _ = mean_over(aux_logits, batch["label"], model.aux_stride)
-                loss += config.loss.aux_weight * total / count
-        return loss, (updated["batch_stats"], hits / count)
+                auxiliary, _ = mean_over(aux_logits, batch["label"], model.aux_stride)
+                loss += config.loss.aux_weight * auxiliary
+        return loss, (updated["batch_stats"], accuracy)
 
-    def train_step(state: TrainState, batch: Batch):
-        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+    def train_step(state: TrainState, batch: Batch, key: jax.Array | None = None):
+        key = jax.random.key(config.seed) if key is None else key
+        key = jax.random.fold_in(key, state.step)
         (loss, (batch_stats, accuracy)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
             state.params, state.batch_stats, batch, key
         )
         with jax.named_scope("optimizer"):
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-            params = optax.apply_updates(state.params, updates)
+            params: Any = optax.apply_updates(state.params, updates)
+        if model.backbone_frozen:  # weight decay would move it
+            params |= {"backbone": state.params["backbone"]}
         ema = state.ema
         if config.optimizer.ema_decay:
             new = {"params": params, "batch_stats": batch_stats}

@@ -204,6 +204,7 @@ HANDED_ON = {
         ("models/registry.py", "net"),
     },
     "optimizer": {("optimizer.py", "config")},
+    "loss": {("losses.py", "settings")},
     "eval": {("protocols.py", "settings")},
 }
 

@@ -16,7 +16,7 @@ import optax
 import pytest
 
 from duc_dlc_jax import config as config_lib
-from duc_dlc_jax import losses, metrics, optimizer, sharding, train_step
+from duc_dlc_jax import losses, metrics, optimizer, pixel_scores, sharding, train_step
 from duc_dlc_jax.data.labels import IGNORE, label_spec
 from duc_dlc_jax.models import layers, segmenter
 from runs import tiny_config
@@ -66,6 +66,10 @@ def test_cross_entropy_at_zero_logits_is_log_of_the_classes(classes, expected):
     assert round(float(loss), 6) == expected
 
 
+def loss_sums(logits, labels):
+    return losses.sums(pixel_scores.pixel_scores(logits, labels), labels)
+
+
 def test_cross_entropy_averages_over_the_valid_pixels_of_the_global_batch():
     logits, labels = examples()
     assert 0 < (labels == IGNORE).sum() < labels.size
@@ -77,7 +81,7 @@ def test_sums_of_the_parts_divide_to_the_loss_of_the_whole():
     """What gradient accumulation and several devices do."""
     logits, labels = examples()
     sums = [
-        losses.cross_entropy_sum(jnp.asarray(x[None]), jnp.asarray(y[None]))
+        loss_sums(jnp.asarray(x[None]), jnp.asarray(y[None]))
         for x, y in zip(logits, labels, strict=True)
     ]
     total, count = (float(sum(values)) for values in zip(*sums, strict=True))
@@ -400,31 +404,36 @@ def test_no_buffer_of_a_new_state_appears_twice(bfloat16_run):
 
 
 @pytest.mark.parametrize("grid", ["corners", "stride"])
-@pytest.mark.parametrize("way", ["matrix", "gather"])
-def test_the_loss_in_slabs_equals_that_of_all_logits(grid, way, monkeypatch):
-    """Value and gradient, 37 rows in 5 slabs of 8; ignored pixels and rows."""
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_the_loss_in_slabs_equals_that_of_all_logits(grid, smoothing, monkeypatch):
+    """Value, accuracy and gradient, 37 rows in 5 slabs of 8; ignored pixels and rows."""
     rng = np.random.default_rng(0)
+    chosen = losses.Options((0.5, 2.0, 1.0, 0.25), smoothing)
     with jax.enable_x64(True):
         logits = jnp.asarray(3 * rng.normal(size=(2, 5, 7, 4)))
         labels = rng.integers(0, 4, (2, 37, 50)).astype(np.uint8)
         labels[:, 30:] = labels[0, :, :9] = IGNORE
-        monkeypatch.setattr(losses, "SLAB_BYTES", 8 * 50 * 4 * 8)
+        labels = jnp.asarray(labels)
+        monkeypatch.setattr(pixel_scores, "SLAB_BYTES", 8 * 50 * 4 * 8)
 
         def whole(logits):
-            resized = layers.resize_bilinear(logits, (37, 50), grid, 1 / 8)
-            return losses.cross_entropy(resized, jnp.asarray(labels))
+            """Plain: no slabs, and the gradient of JAX."""
+            x = layers.resize_bilinear(logits, (37, 50), grid, 1 / 8)
+            target = jax.nn.one_hot(labels, 4, dtype=x.dtype)  # 0 where ignored
+            weights = jnp.asarray(chosen.class_weights)
+            soft = (1 - smoothing) * target + smoothing / 4 * target.sum(-1, keepdims=True)
+            total = -(soft * weights[None, None, None] * jax.nn.log_softmax(x)).sum()
+            right = (x.argmax(-1) == labels).sum() / (labels != IGNORE).sum()
+            return total / (target @ weights).sum(), right
 
         def slabs(logits):
-            total, count = losses.over_slabs(
-                losses.cross_entropy_sum, logits, jnp.asarray(labels), grid, 8, way
-            )
-            return total / count
+            return losses.loss_and_accuracy(logits, labels, chosen, grid, 8)
 
         (expected, gradient), (value, ours) = (
-            jax.jit(jax.value_and_grad(f))(logits) for f in (whole, slabs)
+            jax.jit(jax.value_and_grad(f, has_aux=True))(logits) for f in (whole, slabs)
         )
         np.testing.assert_allclose(value, expected, rtol=1e-13)
         np.testing.assert_allclose(ours, gradient, rtol=0, atol=1e-15)
-        text = jax.jit(jax.value_and_grad(slabs)).lower(logits).compile().as_text()
-    assert "2,8,50,4" in text
-    assert "2,37,50,4" not in text
+        program = jax.jit(jax.value_and_grad(slabs, has_aux=True)).lower(logits).compile()
+    assert "f64[16,50,4]" in program.as_text()  # two images of 8 rows
+    assert "f64[2,37,50,4]" not in program.as_text()

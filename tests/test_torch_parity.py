@@ -294,7 +294,7 @@ def test_planted_fault_decay_decoupled(fault):
     rule = optax.chain(
         optax.trace(o.momentum),
         optax.add_decayed_weights(o.weight_decay),
-        optimizer.scale_new_layers(o.new_layer_multiplier),
+        optimizer.scale_parts(o.new_layer_multiplier),
         optax.scale_by_learning_rate(optimizer.poly_schedule(o.learning_rate, o.power, STEPS)),
     )
     assert fault(rule) > FAULT

@@ -85,7 +85,7 @@ def table(dtype: Any, batch: int, steps: int, shapes: Any = None) -> list[dict[s
 def losses_table(batch: int, side: int, steps: int, classes: Any = (19, 150)) -> list[dict]:
     """Seconds of the loss of 1/8 logits and its gradient, in each way, with temporary bytes.
 
-    "whole" has the logits at full size; the others are `losses.over_slabs`.
+    "whole" has the logits at full size and JAX's own gradient; the others are `pixel_scores`.
     """
     rng, rows = np.random.default_rng(0), []
     cells = -(-side // 8)
@@ -94,17 +94,19 @@ def losses_table(batch: int, side: int, steps: int, classes: Any = (19, 150)) ->
         labels = jnp.asarray(rng.integers(0, k, (batch, side, side)).astype(np.uint8))
 
         def whole(logits, labels):
-            resized = layers.resize_bilinear(logits, labels.shape[1:], "corners", 1 / 8)
-            return losses.cross_entropy(resized, labels)
+            x = layers.resize_bilinear(logits, labels.shape[1:], "corners", 1 / 8)
+            target = (labels[..., None] == jnp.arange(x.shape[-1])[None, None, None]) * x
+            return (jax.nn.logsumexp(x, -1) - target.sum(-1)).mean()
 
-        def slabs(way, logits, labels):
-            sums = losses.cross_entropy_sum
-            total, count = losses.over_slabs(sums, logits, labels, "corners", 8, way)
-            return total / count
+        def slabs(rounded, logits, labels):
+            plain = losses.Options()
+            return losses.loss_and_accuracy(logits, labels, plain, "corners", 8, rounded)[0]
 
         row: dict[str, Any] = {"classes": k}
-        ways = ("matrix", "gather", "gather_bf16")
-        named = {"whole": whole} | {f"slabs, {w}": functools.partial(slabs, w) for w in ways}
+        named = {"whole": whole} | {
+            f"slabs, {dtype} gradient": functools.partial(slabs, jnp.dtype(dtype))
+            for dtype in ("float32", "bfloat16")
+        }
         for name, function in named.items():
             program = jax.jit(jax.value_and_grad(function)).lower(logits, labels).compile()
             seconds = seconds_per_call(functools.partial(program, logits, labels), steps)

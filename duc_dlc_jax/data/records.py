@@ -45,6 +45,7 @@ class Records:
         splits = summary(folder)
         rows = [splits[part] for part in split.split("+")]
         self.labelled = all(row["labelled"] == row["images"] for row in rows)
+        self._pixels = np.sum([row["pixels"] for row in rows], axis=0)
         self._starts = np.cumsum([0] + [row["images"] for row in rows])
         self._open()
 
@@ -76,6 +77,10 @@ class Records:
         """Returns the whole example; see `region`."""
         height, width = self.size(index)
         return self.region(index, (0, 0, height, width))
+
+    def pixels(self) -> list[int]:
+        """Returns the pixels of each class, counted when the split was prepared."""
+        return self._pixels[: self.spec.num_classes].tolist()
 
     def name(self, index: int) -> str:
         """Returns an example's name without decoding it."""

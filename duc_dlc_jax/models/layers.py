@@ -122,7 +122,7 @@ def convolve(
     stride: int,
     dilation: int,
     groups: int = 1,
-    weight_gradient: str = "compiler",
+    weight_gradient: str = "",
 ) -> jax.Array:
     """x [B, H, W, C] and kernel [k, k, C / groups, D] -> [B, ceil(H / s), ceil(W / s), D].
 
@@ -130,6 +130,8 @@ def convolve(
       "compiler": as the convolution that XLA makes of it.
       "taps": k * k matrix products, of the input as each position of the kernel reads it.
       "columns": one matrix product of these inputs side by side.
+      "": what was fastest (docs/performance.md): "columns" on GPUs where dilation > 1, for XLA
+        knows no kernel of cuDNN for these; else "compiler".
     """
     pad = dilation * (kernel.shape[0] - 1) // 2
     return jax.lax.conv_general_dilated(
@@ -151,6 +153,9 @@ def _convolve_backward(stride, dilation, groups, weight_gradient, saved, dy):
     x, kernel = saved
     plain = functools.partial(convolve.__wrapped__, stride=stride, dilation=dilation, groups=groups)
     (dx,) = jax.vjp(lambda x: plain(x, kernel), x)[1](dy)
+    if not weight_gradient:
+        on_gpu = jax.default_backend() == "gpu"
+        weight_gradient = "columns" if on_gpu and dilation > 1 else "compiler"
     if weight_gradient == "compiler" or groups > 1:
         return dx, jax.vjp(lambda k: plain(x, k), kernel)[1](dy)[0]
     k, pad = kernel.shape[0], dilation * (kernel.shape[0] - 1) // 2
@@ -290,9 +295,11 @@ def _mean_and_variance(values, kernel, mean_of):
     if kernel is None:
         return mean, jnp.maximum(mean_of(values * values) - mean * mean, 0)
     channels, exact = values.shape[-1], jax.lax.Precision.HIGHEST
-    products = values[..., :, None] * values[..., None, :]
-    second = mean_of(products.reshape(*values.shape[:-1], channels * channels))
-    covariance = second.reshape(-1, channels, channels) - mean[:, :, None] * mean[:, None, :]
+    each = [values[..., i, None] for i in range(channels)]
+    second = {(i, j): mean_of(each[i] * each[j]) for i in range(channels) for j in range(i + 1)}
+    pairs = [second[max(i, j), min(i, j)] for i in range(channels) for j in range(channels)]
+    second = jnp.concatenate(pairs, -1).reshape(-1, channels, channels)
+    covariance = second - mean[:, :, None] * mean[:, None, :]
     kernel = kernel.astype(values.dtype)
     var = jnp.einsum("gij,ic,jc->gc", covariance, kernel, kernel, precision=exact)
     return jnp.dot(mean, kernel, precision=exact), jnp.maximum(var, 0)
@@ -351,52 +358,6 @@ def resize_bilinear(
         y = jnp.einsum("noi,nic->noc", weights, y, precision=jax.lax.Precision.HIGHEST)
         x = y.reshape(*lead, size[axis], *tail)
     return x
-
-
-def resize_columns(x: jax.Array, width: int, grid: str, step: float, way: str = "") -> jax.Array:
-    """`resize_bilinear` of [B, H, W, C] to [B, H, width, C], in one of two ways.
-
-    "matrix": as there. "gather": both neighbours of a cell are read and weighted, which compilers
-    fuse into what follows; the gradient is a matrix product, with "gather_bf16" of gradients
-    rounded to bfloat16. "": what was faster on this backend (docs/performance.md).
-    """
-    if x.shape[2] == width:
-        return x
-    way = way or ("gather" if jax.default_backend() == "gpu" else "matrix")
-    if way == "matrix":
-        return resize_bilinear(x, (x.shape[1], width), grid, step, axes=(1,))
-    rounded = jnp.bfloat16 if way == "gather_bf16" else x.dtype
-    return _gathered_columns(x, width, grid, step, rounded)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
-def _gathered_columns(x, width, grid, step, rounded):
-    matrix = interpolation_matrix(x.shape[2], width, grid, step)
-    low = (matrix > 0).argmax(1)
-    high = np.minimum(low + 1, x.shape[2] - 1)
-    fraction = 1 - matrix[np.arange(width), low]
-    fraction = jnp.asarray(fraction, x.dtype)[None, None, :, None]
-    return x[:, :, low] * (1 - fraction) + x[:, :, high] * fraction
-
-
-def _gathered_columns_forward(x, *how):
-    return _gathered_columns(x, *how), jnp.zeros((0, x.shape[2]), x.dtype)
-
-
-def _gathered_columns_backward(width, grid, step, rounded, like, dy):
-    matrix = jnp.asarray(interpolation_matrix(like.shape[1], width, grid, step), rounded)
-    return (
-        jnp.einsum(
-            "ow,brok->brwk",
-            matrix,
-            dy.astype(rounded),
-            precision=jax.lax.Precision.HIGHEST,
-            preferred_element_type=like.dtype,
-        ),
-    )
-
-
-_gathered_columns.defvjp(_gathered_columns_forward, _gathered_columns_backward)
 
 
 def valid_sizes(valid: jax.Array, size: Sequence[int], grid: Sequence[int]) -> jax.Array:

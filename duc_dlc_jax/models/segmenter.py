@@ -48,6 +48,7 @@ class Segmenter(nn.Module):
     bn_momentum: float
     bn_epsilon: float
     bn_groups: int
+    backbone_frozen: bool
     bn_frozen: bool
     bn_running_variance: str
     bn_padding: str
@@ -104,11 +105,13 @@ class Segmenter(nn.Module):
             self.stride_on,
             self.output_stride,
             conv=partial(conv, init=layers.backbone_init),
-            norm=norm,
+            norm=partial(norm, use_running_average=True) if self.backbone_frozen else norm,
             valid_sizes=sizes,
             name="backbone",
         )
         features = backbone(image)
+        if self.backbone_frozen:
+            features = jax.lax.stop_gradient(features)
         x = registry.upsampled(
             self, image, features, conv, norm, slabs=coarse and not train, valid_sizes=sizes
         )

@@ -1,0 +1,176 @@
+"""What the loss needs to know of each pixel's logits, without logits as large as the image."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from duc_dlc_jax.data.labels import IGNORE
+from duc_dlc_jax.models.layers import interpolation_matrix
+
+SLAB_BYTES = 2**24  # of one image's logits that are there at a time
+
+
+class Scores(NamedTuple):
+    """What the loss needs to know of a pixel's logits x, [B, H, W] each, in their dtype."""
+
+    normalizer: jax.Array  # log sum_k exp(x_k)
+    target: jax.Array  # x of the label's class; 0 where ignored
+    weighted: jax.Array  # sum_k w_k x_k, for a table w
+    right: jax.Array  # whether no class has more than the label's; gives no gradient
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
+def pixel_scores(
+    logits: jax.Array,
+    labels: jax.Array,
+    table: tuple[float, ...] = (),
+    grid: str = "corners",
+    stride: int = 1,
+    rounded: Any = None,
+) -> Scores:
+    """Scores of the logits resized to the labels' size, without ever having all of these.
+
+    logits: [B, ceil(H / stride), ceil(W / stride), K], on `grid`; labels: uint8 [B, H, W]. Rows are
+    resized and reduced slab by slab, and once more for the gradient. table: of `Scores.weighted`,
+    one number per class; () = 0 each. rounded: dtype that the gradient of the resized logits is
+    rounded to before it is summed up in the logits' own; None = not at all.
+    """
+    slabs = _Slabs(logits, labels, grid, stride)
+
+    def scores(resized, labels):
+        is_target = _is_target(resized, labels)
+        most = resized.max(-1)
+        total = jnp.exp(resized - most[..., None]).sum(-1)
+        target = jnp.where(is_target, resized, 0).sum(-1)
+        weighted = jnp.zeros_like(target)
+        if table:
+            weighted = (resized * _as_row(table, resized)).sum(-1)
+        return Scores(most + jnp.log(total), target, weighted, (target >= most) & is_target.any(-1))
+
+    return slabs.each(lambda matrix, labels: scores(slabs.resized(matrix), labels))
+
+
+def _pixel_scores_forward(logits, labels, *how):
+    scores = pixel_scores(logits, labels, *how)
+    return scores, (logits, labels, scores.normalizer)
+
+
+def _pixel_scores_backward(table, grid, stride, rounded, saved, gradients):
+    logits, labels, normalizer = saved
+    slabs = _Slabs(logits, labels, grid, stride)
+
+    def gradient(matrix, labels, normalizer, of_normalizer, of_target, of_weighted):
+        resized = slabs.resized(matrix)
+        found = of_normalizer[..., None] * jnp.exp(resized - normalizer[..., None])
+        found += jnp.where(_is_target(resized, labels), of_target[..., None], 0)
+        if table:
+            found += of_weighted[..., None] * _as_row(table, resized)
+        return slabs.back(found.astype(rounded or found.dtype), matrix)
+
+    return slabs.sum(gradient, normalizer, *gradients[:3]), None
+
+
+pixel_scores.defvjp(_pixel_scores_forward, _pixel_scores_backward)
+
+
+def _is_target(logits, labels):
+    """Whether a class is the label's, bool [B, h, W, K]; of no class where ignored."""
+    ids = jnp.arange(logits.shape[-1], dtype=labels.dtype)[None, None, None]
+    return labels[..., None] == ids
+
+
+def _as_row(table, like):
+    return jnp.asarray(table, like.dtype)[None, None, None]
+
+
+class _Slabs:
+    """The rows of resized logits in parts that fit `SLAB_BYTES` an image."""
+
+    def __init__(self, logits, labels, grid: str, stride: int):
+        self._logits, self._labels = logits, labels
+        height, width = labels.shape[1:]
+        bytes_per_image = height * width * logits.shape[-1] * logits.dtype.itemsize
+        self._count = min(-(-bytes_per_image // SLAB_BYTES), height) if stride > 1 else 1
+        self._rows = -(-height // self._count)
+        self._matrices = [
+            interpolation_matrix(cells, pixels, grid, 1 / stride)
+            for cells, pixels in zip(logits.shape[1:3], (height, width), strict=True)
+        ]
+        self._same = stride == 1
+
+    def _parts(self, pixels: jax.Array, fill: int = 0) -> jax.Array:
+        """[B, H, W] -> [count, B, rows, W]."""
+        missing = self._count * self._rows - pixels.shape[1]
+        pixels = jnp.pad(pixels, ((0, 0), (0, missing), (0, 0)), constant_values=fill)
+        parts = pixels.reshape(len(pixels), self._count, self._rows, -1)
+        return jnp.moveaxis(parts, 1, 0)
+
+    def _row_matrices(self) -> jax.Array:
+        """[count, rows, h]."""
+        missing = self._count * self._rows - len(self._matrices[0])
+        matrix = np.pad(self._matrices[0], ((0, missing), (0, 0)))
+        return jnp.asarray(matrix.reshape(self._count, self._rows, -1), self._logits.dtype)
+
+    def each(self, function) -> Any:
+        """function(matrix, labels) of each part -> its results, [B, H, W] each."""
+        parts = self._row_matrices(), self._parts(self._labels, IGNORE)
+        height = self._labels.shape[1]
+        if self._count == 1:
+            return function(*(part[0] for part in parts))
+        found = jax.lax.map(lambda part: function(*part), parts)
+
+        def joined(x):
+            x = jnp.moveaxis(x, 0, 1)
+            return x.reshape(len(x), -1, x.shape[-1])[:, :height]
+
+        return jax.tree.map(joined, found)
+
+    def sum(self, function, *pixels: jax.Array) -> jax.Array:
+        """Sum over the parts of function(matrix, labels, *pixels)."""
+        parts = [self._row_matrices(), self._parts(self._labels, IGNORE)]
+        parts += [self._parts(p) for p in pixels]
+        if self._count == 1:
+            return function(*(part[0] for part in parts))
+
+        def add(total, part):
+            return total + function(*part), None
+
+        return jax.lax.scan(add, jnp.zeros_like(self._logits), tuple(parts))[0]
+
+    def resized(self, matrix: jax.Array) -> jax.Array:
+        """Some rows of the logits at the pixels, [B, rows, W, K]; matrix: [rows, h]."""
+        if self._same:
+            return self._logits
+        columns = jnp.asarray(self._matrices[1], self._logits.dtype)
+        return _along(columns, _along(matrix, self._logits, 1), 2)
+
+    def back(self, gradient: jax.Array, matrix: jax.Array) -> jax.Array:
+        """What a gradient of `resized` is for the logits."""
+        if self._same:
+            return gradient.astype(self._logits.dtype)
+        columns, wide = jnp.asarray(self._matrices[1].T, gradient.dtype), self._logits.dtype
+        return _along(matrix.T, _along(columns, gradient, 2, wide), 1)
+
+
+def _along(matrix: jax.Array, x: jax.Array, axis: int, dtype: Any = None) -> jax.Array:
+    """matrix [o, i] applied to axis 1 or 2 of x [B, H, W, K], in full precision.
+
+    As one product a batch of leading axes, so that nothing is transposed.
+    """
+    lead, tail = x.shape[:axis], x.shape[axis + 1 :]
+    flat = x.reshape(math.prod(lead), x.shape[axis], math.prod(tail))
+    weights = jnp.broadcast_to(matrix[None], (len(flat), *matrix.shape))
+    y = jnp.einsum(
+        "noi,nic->noc",
+        weights,
+        flat,
+        precision=jax.lax.Precision.HIGHEST,
+        preferred_element_type=dtype,
+    )
+    return y.reshape(*lead, len(matrix), *tail)
