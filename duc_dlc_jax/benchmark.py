@@ -66,12 +66,11 @@ def benchmark(config: ml_collections.ConfigDict, steps: int = 5) -> dict[str, An
     Raises ConfigError where the batch does not divide over the devices.
     """
     config_lib.validate(config)
-    mesh = sharding.data_mesh()
-    batch, size = config.train.batch_size, config.data.crop_size
-    sharding.check_batch(batch, mesh.size)
+    mesh = sharding.training_mesh(config)
+    batch, size = config.train.batch_size, config_lib.crop_shape(config.data)
     classes = find_spec(config.data).num_classes
-    model = segmenter.create(config.model, classes, mesh.size)
-    flops = 2 * sum(describe.macs(model, size, size).values())  # of one image, forward
+    model = segmenter.create(config.model, classes, sharding.bn_groups(config, mesh))
+    flops = 2 * sum(describe.macs(model, *size).values())  # of one image, forward
 
     def rates(seconds: float, images: int, flops: int) -> dict[str, Any]:
         named = {"batch_size": images, "seconds": seconds, "images_per_second": images / seconds}
@@ -86,7 +85,7 @@ def benchmark(config: ml_collections.ConfigDict, steps: int = 5) -> dict[str, An
         "device": mesh.devices.flat[0].device_kind,
         "devices": mesh.size,
         "dtype": config.model.dtype,
-        "image": [size, size],
+        "image": list(size),
         "train": rates(seconds, batch, 3 * flops) | {"peak_bytes_per_device": peak},
         "inference": inference,
     }
@@ -94,10 +93,11 @@ def benchmark(config: ml_collections.ConfigDict, steps: int = 5) -> dict[str, An
 
 def random_batch(config: ml_collections.ConfigDict, classes: int) -> dict[str, np.ndarray]:
     """A training batch of the configuration's sizes with random pixels, see `make_train_step`."""
-    rng, size, batch = np.random.default_rng(0), config.data.crop_size, config.train.batch_size
-    image = rng.integers(0, 256, (batch, size, size, 3)).astype(np.uint8)
+    rng, batch = np.random.default_rng(0), config.train.batch_size
+    size = config_lib.crop_shape(config.data)
+    image = rng.integers(0, 256, (batch, *size, 3)).astype(np.uint8)
     label = rng.integers(0, classes, image.shape[:3]).astype(np.uint8)
-    return {"image": image, "label": label, "valid": np.full((batch, 2), size, np.int32)}
+    return {"image": image, "label": label, "valid": np.tile(np.int32(size), (batch, 1))}
 
 
 def time_train_step(config, model, mesh, variables, data, steps: int) -> tuple[float, int]:
@@ -109,7 +109,7 @@ def time_train_step(config, model, mesh, variables, data, steps: int) -> tuple[f
     state = jax.device_put(
         create_state(model, optimizer, config, variables), sharding.replicated(mesh)
     )
-    data = jax.device_put(data, sharding.batched(mesh))
+    data = {k: jax.device_put(x, sharding.batched(mesh, x.ndim)) for k, x in data.items()}
     jitted = sharding.jit_train_step(make_train_step(model, optimizer, config), mesh)
     compiled = jitted.lower(state, data).compile()
 
@@ -131,7 +131,7 @@ def evaluation(config: ml_collections.ConfigDict, size: tuple[int, int], steps: 
     """
     config_lib.validate(config)
     protocol = protocols.Protocol.from_config(config)
-    mesh = sharding.data_mesh(jax.local_devices()[:1])
+    mesh = sharding.make_mesh(devices=jax.local_devices()[:1])
     model = segmenter.create(config.model, find_spec(config.data).num_classes)
     variables = jax.device_put(init_variables(model, config.seed), sharding.replicated(mesh))
     labeller, padded = Labeller(model, protocol, mesh), protocol.padded_size(size)
@@ -178,10 +178,11 @@ def fed(config: ml_collections.ConfigDict, steps: int, rounds: int = 5) -> dict[
     from duc_dlc_jax import train as training  # late: 150 MB that --evaluate would count
 
     config_lib.validate(config)
-    mesh = sharding.data_mesh()
-    sharding.check_batch(config.train.batch_size, mesh.size)
+    mesh = sharding.training_mesh(config)
     records = open_records(config.data, config.data.train_split)
-    model = segmenter.create(config.model, records.spec.num_classes, mesh.size)
+    model = segmenter.create(
+        config.model, records.spec.num_classes, sharding.bn_groups(config, mesh)
+    )
     optimizer = optimizers.create(config.optimizer, 2 * (rounds + 1) * steps)
     state = create_state(model, optimizer, config, init_variables(model, config.seed))
     state = jax.device_put(state, sharding.replicated(mesh))

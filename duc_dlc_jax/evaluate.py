@@ -39,7 +39,7 @@ class Evaluator:
         protocol: protocols.Protocol | None = None,
         boundary: bool = False,
     ):
-        self._mesh = sharding.data_mesh(jax.local_devices())
+        self._mesh = sharding.make_mesh(devices=jax.local_devices())
         self._batch = batch_per_device * len(jax.local_devices())
         self._spec = spec
         self.protocol = protocol or protocols.Protocol(grid=model.resize_grid)

@@ -170,7 +170,7 @@ def test_sliding_windows_compile_one_network():
     protocol = protocols.Protocol(
         "sliding", (0.5, 1.0), crop_size=32, stride=24, pad_sides=(40, 56)
     )
-    labeller = inference.Labeller(model, protocol, sharding.data_mesh(jax.devices()[:1]))
+    labeller = inference.Labeller(model, protocol, sharding.make_mesh(devices=jax.devices()[:1]))
     for size in ((40, 40), (33, 29), (17, 38), (50, 33)):
         (image,), padded = images_of(size), protocol.padded_size(size)
         labels = np.zeros((1, *padded), np.uint8)
