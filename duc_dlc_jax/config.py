@@ -37,7 +37,7 @@ CHOICES = {
     "model.guidance_kernel": (3, 5),
     "model.guidance_stride": (1, 2),
     "model.dtype": ("float32", "bfloat16", "float64"),
-    "model.bn_groups": ("global", "device"),
+    "model.bn_groups": ("global", "host", "device"),
     "model.bn_running_variance": ("biased", "unbiased"),
     "model.bn_padding": ("counted", "masked"),
     "loss.class_balance": ("none", "inverse_log", "median_frequency"),
@@ -62,7 +62,8 @@ def default() -> ml_collections.ConfigDict:
     c.data.train_split = "train"
     c.data.eval_split = "val"
     c.data.base_size = 520  # pixels on the short side that the random scale multiplies [C]
-    c.data.crop_size = 480  # pixels, square
+    c.data.crop_size = 480  # pixels: rows, and columns unless crop_width says otherwise
+    c.data.crop_width = 0  # pixels; 0 = crop_size. 1024 and 2048 train on whole Cityscapes images
     c.data.scale_min = 0.5
     c.data.scale_max = 2.0
     c.data.flip = "left_right"  # left_right [C], up_down (the paper's word "vertical"), none
@@ -103,7 +104,7 @@ def default() -> ml_collections.ConfigDict:
     c.model.dtype = "float32"  # compute: float32, bfloat16, float64; parameters stay float32
     c.model.bn_momentum = 0.9  # Flax's sense: running = 0.9 running + 0.1 batch
     c.model.bn_epsilon = 1e-5
-    c.model.bn_groups = "global"  # statistics over: global (the whole batch) or device
+    c.model.bn_groups = "global"  # statistics over: global (the whole batch), host or device
     c.model.backbone_frozen = False  # neither its parameters nor its statistics change
     c.model.bn_frozen = False  # use and keep the running statistics in training
     c.model.bn_running_variance = "biased"  # biased (Flax) or unbiased (PyTorch)
@@ -136,6 +137,10 @@ def default() -> ml_collections.ConfigDict:
     c.optimizer.clip_norm = 0.0  # global gradient norm; 0 = off
     c.optimizer.ema_decay = 0.0  # of parameters and BN statistics; 0 = off
 
+    c.mesh = ml_collections.ConfigDict()
+    c.mesh.data = -1  # devices that a batch is split over; -1 = all that mesh.space leaves
+    c.mesh.space = 1  # devices that the rows of each image are split over, in training
+
     c.train = ml_collections.ConfigDict()
     c.train.batch_size = 16  # images a step, over all devices
     c.train.epochs = 120.0
@@ -158,6 +163,11 @@ def default() -> ml_collections.ConfigDict:
     c.eval.long_side = 0  # pixels of the long side at scale 1; 0 = as it is; the code: 520 [C]
     c.eval.pad_sides = ()  # sides to pad images to; () = planned where there are more than 12 sizes
     return c.lock()
+
+
+def crop_shape(data: ml_collections.ConfigDict) -> tuple[int, int]:
+    """Height and width in pixels of the training crops of `config.data`."""
+    return data.crop_size, data.crop_width or data.crop_size
 
 
 def fields(config: ml_collections.ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -210,6 +220,8 @@ def validate(config: ml_collections.ConfigDict) -> None:
     for name in ("eval.scales", "eval.pad_sides", "model.context_rates"):
         if not min(values[name], default=1) > 0:
             raise ConfigError(f"{name}={values[name]}; it must hold positive numbers")
+    if values["data.crop_width"] < 0:
+        raise ConfigError(f"data.crop_width={values['data.crop_width']}; 0 = data.crop_size")
     if values["data.scale_max"] < values["data.scale_min"]:
         raise ConfigError(
             f"data.scale_max={values['data.scale_max']} is below "

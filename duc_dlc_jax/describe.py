@@ -135,15 +135,15 @@ def state_bytes(config: ml_collections.ConfigDict, model: segmenter.Segmenter) -
 def describe(config: ml_collections.ConfigDict) -> dict[str, Any]:
     """All figures of this module for `config`, at its crop size and its data set's classes."""
     config_lib.validate(config)
-    spec, size = find_spec(config.data), config.data.crop_size
+    spec, size = find_spec(config.data), config_lib.crop_shape(config.data)
     model = segmenter.create(config.model, spec.num_classes)
     figures = {
         "data set": spec.name,
         "classes": spec.num_classes,
         "parameters": parameters(model),
-        "image": [size, size],
-        "macs": macs(model, size, size),
-        "grids": grids(size, size, config.model.output_stride, config.model.upsampling),
+        "image": list(size),
+        "macs": macs(model, *size),
+        "grids": grids(*size, config.model.output_stride, config.model.upsampling),
         "train_state_bytes": state_bytes(config, model),
     }
     if config.model.context == "dlc":

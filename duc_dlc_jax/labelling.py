@@ -32,7 +32,7 @@ class Predictor:
         protocol: protocols.Protocol | None = None,
         batch_per_device: int = 1,
     ):
-        self._mesh = sharding.data_mesh(jax.local_devices())
+        self._mesh = sharding.make_mesh(devices=jax.local_devices())
         self._batch = batch_per_device * len(jax.local_devices())
         self.protocol = protocol or protocols.Protocol(
             grid=model.resize_grid, logit_stride=model.logit_stride

@@ -140,13 +140,15 @@ def loss_and_accuracy(
     grid: str = "corners",
     stride: int = 1,
     rounded: Any = None,
+    shards: int = 1,
 ) -> tuple[jax.Array, jax.Array]:
     """Mean loss, and the share of the labelled pixels that are right; see `pixel_scores`, `sums`.
 
     0 (with zero gradient) where every pixel is ignored.
     """
     classes = logits.shape[-1]
-    scores = pixel_scores(logits, labels, table_of(chosen, classes), grid, stride, rounded)
+    how = table_of(chosen, classes), grid, stride, rounded, shards
+    scores = pixel_scores(logits, labels, *how)
     loss = mean(*sums(scores, labels, chosen, classes))
     return loss, scores.right.sum() / jnp.maximum((labels != IGNORE).sum(), 1)
 

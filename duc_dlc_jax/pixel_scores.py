@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from duc_dlc_jax.data.labels import IGNORE
 from duc_dlc_jax.models.layers import interpolation_matrix
@@ -25,7 +24,7 @@ class Scores(NamedTuple):
     right: jax.Array  # whether no class has more than the label's; gives no gradient
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5, 6))
 def pixel_scores(
     logits: jax.Array,
     labels: jax.Array,
@@ -33,15 +32,17 @@ def pixel_scores(
     grid: str = "corners",
     stride: int = 1,
     rounded: Any = None,
+    shards: int = 1,
 ) -> Scores:
     """Scores of the logits resized to the labels' size, without ever having all of these.
 
     logits: [B, ceil(H / stride), ceil(W / stride), K], on `grid`; labels: uint8 [B, H, W]. Rows are
     resized and reduced slab by slab, and once more for the gradient. table: of `Scores.weighted`,
     one number per class; () = 0 each. rounded: dtype that the gradient of the resized logits is
-    rounded to before it is summed up in the logits' own; None = not at all.
+    rounded to before it is summed up in the logits' own; None = not at all. shards: in how many
+    parts the rows lie on devices; a slab has rows of each.
     """
-    slabs = _Slabs(logits, labels, grid, stride)
+    slabs = _Slabs(logits, labels, grid, stride, shards)
 
     def scores(resized, labels):
         is_target = _is_target(resized, labels)
@@ -61,9 +62,9 @@ def _pixel_scores_forward(logits, labels, *how):
     return scores, (logits, labels, scores.normalizer)
 
 
-def _pixel_scores_backward(table, grid, stride, rounded, saved, gradients):
+def _pixel_scores_backward(table, grid, stride, rounded, shards, saved, gradients):
     logits, labels, normalizer = saved
-    slabs = _Slabs(logits, labels, grid, stride)
+    slabs = _Slabs(logits, labels, grid, stride, shards)
 
     def gradient(matrix, labels, normalizer, of_normalizer, of_target, of_weighted):
         resized = slabs.resized(matrix)
@@ -92,44 +93,46 @@ def _as_row(table, like):
 class _Slabs:
     """The rows of resized logits in parts that fit `SLAB_BYTES` an image."""
 
-    def __init__(self, logits, labels, grid: str, stride: int):
-        self._logits, self._labels = logits, labels
+    def __init__(self, logits, labels, grid: str, stride: int, shards: int):
+        self._logits, self._labels, self._shards = logits, labels, shards
         height, width = labels.shape[1:]
-        bytes_per_image = height * width * logits.shape[-1] * logits.dtype.itemsize
-        self._count = min(-(-bytes_per_image // SLAB_BYTES), height) if stride > 1 else 1
-        self._rows = -(-height // self._count)
+        bytes_per_image = height * width * logits.shape[-1] * logits.dtype.itemsize // shards
+        each = -(-height // shards)
+        self._count = min(-(-bytes_per_image // SLAB_BYTES), each) if stride > 1 else 1
+        self._rows = -(-each // self._count)  # of one shard in a slab
         self._matrices = [
             interpolation_matrix(cells, pixels, grid, 1 / stride)
             for cells, pixels in zip(logits.shape[1:3], (height, width), strict=True)
         ]
         self._same = stride == 1
 
-    def _parts(self, pixels: jax.Array, fill: int = 0) -> jax.Array:
-        """[B, H, W] -> [count, B, rows, W]."""
-        missing = self._count * self._rows - pixels.shape[1]
-        pixels = jnp.pad(pixels, ((0, 0), (0, missing), (0, 0)), constant_values=fill)
-        parts = pixels.reshape(len(pixels), self._count, self._rows, -1)
-        return jnp.moveaxis(parts, 1, 0)
+    def _parts(self, rows: jax.Array, fill: int = 0) -> jax.Array:
+        """[..., H, W] -> [count, ..., shards * rows, W]."""
+        *lead, height, width = rows.shape
+        missing = self._shards * self._count * self._rows - height
+        rows = jnp.pad(rows, [(0, 0)] * len(lead) + [(0, missing), (0, 0)], constant_values=fill)
+        rows = rows.reshape(*lead, self._shards, self._count, self._rows, width)
+        rows = jnp.moveaxis(rows, -3, 0)
+        return rows.reshape(self._count, *lead, self._shards * self._rows, width)
+
+    def _whole(self, parts: jax.Array) -> jax.Array:
+        """The reverse of `_parts`, for [count, B, shards * rows, W]."""
+        count, batch, _, width = parts.shape
+        rows = parts.reshape(count, batch, self._shards, self._rows, width)
+        rows = jnp.moveaxis(rows, 0, 2).reshape(batch, -1, width)
+        return rows[:, : self._labels.shape[1]]
 
     def _row_matrices(self) -> jax.Array:
-        """[count, rows, h]."""
-        missing = self._count * self._rows - len(self._matrices[0])
-        matrix = np.pad(self._matrices[0], ((0, missing), (0, 0)))
-        return jnp.asarray(matrix.reshape(self._count, self._rows, -1), self._logits.dtype)
+        """[count, shards * rows, h]."""
+        return self._parts(jnp.asarray(self._matrices[0], self._logits.dtype))
 
     def each(self, function) -> Any:
         """function(matrix, labels) of each part -> its results, [B, H, W] each."""
         parts = self._row_matrices(), self._parts(self._labels, IGNORE)
-        height = self._labels.shape[1]
         if self._count == 1:
-            return function(*(part[0] for part in parts))
-        found = jax.lax.map(lambda part: function(*part), parts)
-
-        def joined(x):
-            x = jnp.moveaxis(x, 0, 1)
-            return x.reshape(len(x), -1, x.shape[-1])[:, :height]
-
-        return jax.tree.map(joined, found)
+            found = function(*(part[0] for part in parts))
+            return jax.tree.map(lambda x: self._whole(x[None]), found)
+        return jax.tree.map(self._whole, jax.lax.map(lambda part: function(*part), parts))
 
     def sum(self, function, *pixels: jax.Array) -> jax.Array:
         """Sum over the parts of function(matrix, labels, *pixels)."""
@@ -161,15 +164,15 @@ class _Slabs:
 def _along(matrix: jax.Array, x: jax.Array, axis: int, dtype: Any = None) -> jax.Array:
     """matrix [o, i] applied to axis 1 or 2 of x [B, H, W, K], in full precision.
 
-    As one product a batch of leading axes, so that nothing is transposed.
+    One product for each place on the leading axes: nothing is transposed, and these may be split
+    over devices.
     """
     lead, tail = x.shape[:axis], x.shape[axis + 1 :]
-    flat = x.reshape(math.prod(lead), x.shape[axis], math.prod(tail))
-    weights = jnp.broadcast_to(matrix[None], (len(flat), *matrix.shape))
+    weights = jnp.broadcast_to(matrix[(None,) * axis], (*lead, *matrix.shape))
     y = jnp.einsum(
-        "noi,nic->noc",
+        "...oi,...ic->...oc",
         weights,
-        flat,
+        x.reshape(*lead, x.shape[axis], math.prod(tail)),
         precision=jax.lax.Precision.HIGHEST,
         preferred_element_type=dtype,
     )

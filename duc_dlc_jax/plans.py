@@ -189,7 +189,7 @@ def _batch(draft: _Draft, found: Inspection, machine: Machine, most: int) -> Non
     config = draft.config
     model = segmenter.create(config.model, found.spec.num_classes)
     state = describe.state_bytes(config, model)
-    image = describe.activation_bytes(model, config.data.crop_size, config.data.crop_size)
+    image = describe.activation_bytes(model, *config_lib.crop_shape(config.data))
     if machine.is_cpu:
         most = min(most, CPU_BATCH_PER_CORE * machine.cores)
     fit = min((machine.memory - state) // image, most // machine.devices)
@@ -238,10 +238,10 @@ def step_seconds(plan: Plan) -> float | None:
     Raises:
       MemoryError: the step does not fit the device.
     """
-    config, mesh = plan.config, sharding.data_mesh()
-    model = segmenter.create(config.model, plan.classes, mesh.size)
-    size = config.data.crop_size
-    flops = 6 * sum(describe.macs(model, size, size).values()) * config.train.batch_size
+    config, mesh = plan.config, sharding.training_mesh(plan.config)
+    model = segmenter.create(config.model, plan.classes, sharding.bn_groups(config, mesh))
+    size = config_lib.crop_shape(config.data)
+    flops = 6 * sum(describe.macs(model, *size).values()) * config.train.batch_size
     if flops > (1e12 if plan.machine.is_cpu else 1e14):
         return None
     data, variables = speed.random_batch(config, plan.classes), init_variables(model, 0)

@@ -45,8 +45,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, A
     """
     config_lib.validate(config)
     workdir = Path(workdir)
-    mesh = sharding.data_mesh()
-    sharding.check_batch(config.train.batch_size, mesh.size)
+    mesh = sharding.training_mesh(config)
     records = open_records(config.data, config.data.train_split)
     val_records = open_records(config.data, config.data.eval_split)
     for split in (records, val_records):
@@ -55,7 +54,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, A
     spec, steps = records.spec, total_steps(config, len(records))
     _announce(config, workdir, mesh, spec, len(records), len(val_records), steps)
 
-    model = segmenter.create(config.model, spec.num_classes, mesh.size)
+    model = segmenter.create(config.model, spec.num_classes, sharding.bn_groups(config, mesh))
     optimizer = optimizers.create(config.optimizer, steps)
     with contextlib.ExitStack() as stack:
         kept = config.train.keep_latest, config.train.keep_best
@@ -127,6 +126,7 @@ def device_batches(config, records, position: int, count: int, mesh) -> Generato
     names = ["image", "label"]
     names += ["valid"] if config.model.bn_padding == "masked" else []
     names += ["bad"] if config.data.bad_records == "mask" else []
+    index, count_of_shares = sharding.share(mesh)
     iterator = pipeline.train_iterator(
         config.data,
         records,
@@ -134,13 +134,12 @@ def device_batches(config, records, position: int, count: int, mesh) -> Generato
         batch_size=config.train.batch_size,
         steps=start + count,
         start_step=start,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        process_index=index,
+        process_count=count_of_shares,
     )
     try:
         for batch in iterator:
-            local = {name: batch[name] for name in names}
-            yield sharding.to_devices(local, sharding.batched(mesh))
+            yield sharding.to_devices({name: batch[name] for name in names}, mesh)
     except RuntimeError as error:
         raise pipeline.with_record(error, records) from error
     finally:

@@ -99,7 +99,7 @@ def make_train_step(
     chosen = losses.options(config.loss, model.num_classes, pixels)
 
     def mean_over(logits, labels, stride):
-        how = (chosen, model.resize_grid, stride, model.dtype)
+        how = chosen, model.resize_grid, stride, model.dtype, config.mesh.space
         return losses.loss_and_accuracy(logits, labels, *how)
 
     def loss_fn(params, batch_stats, batch, key):

@@ -11,7 +11,6 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import jax
 import ml_collections
 
 from duc_dlc_jax import checkpoints, sharding
@@ -72,7 +71,7 @@ def load(workdir: str | Path, checkpoint: str = "best") -> Run:
         step = named[checkpoint]() if checkpoint in named else int(checkpoint)
         if step is None:
             raise FileNotFoundError(f"{saved.directory} holds no checkpoint yet")
-        everywhere = sharding.replicated(sharding.data_mesh(jax.devices()))
+        everywhere = sharding.replicated(sharding.make_mesh())
         variables = saved.restore_variables(step, everywhere)
     finally:
         saved.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 
@@ -30,6 +31,16 @@ if jax.__version_info__ < (0, 12):  # the option is gone since
     QUICK["xla_cpu_use_fusion_emitters"] = False
 jit = functools.partial(jax.jit, compiler_options=QUICK)
 IMAGE = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.uint8)
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """What a mesh asks of a device; arrays cannot be placed on it."""
+
+    id: int
+    process_index: int = 0
+    platform: str = "cpu"
+    device_kind: str = "cpu"
 
 
 def shapes_of(model, image=IMAGE):

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 import runs
-from duc_dlc_jax import benchmark, describe
+from duc_dlc_jax import describe
+from duc_dlc_jax.benchmark import floor, profile, timing
 from duc_dlc_jax.data.labels import label_spec
 from duc_dlc_jax.models import segmenter
 
@@ -17,18 +18,20 @@ from duc_dlc_jax.models import segmenter
 def figures(tmp_path_factory):
     file = tmp_path_factory.mktemp("benchmark") / "figures.json"
     small = [f"--config.{name}={value}" for name, value in runs.TINY.items()]
-    command = [sys.executable, "-m", "duc_dlc_jax.benchmark", "--config=configs/demo.py"]
-    result = runs.run([*command, *small, "--steps=2", f"--json={file}"], devices=2)
+    command = [sys.executable, "-m", "duc_dlc_jax.benchmark", "--config=configs/demo.py", *small]
+    command += ["--steps=1", "--rounds=2", "--size=64x96", "--profile", f"--json={file}"]
+    result = runs.run(command, devices=2)
     return json.loads(file.read_text()), result.stdout
 
 
 def test_devices_and_batches(figures):
     values, printed = figures
-    assert (values["devices"], values["image"], values["dtype"]) == (2, [64, 64], "float32")
+    assert (values["devices"], values["dtype"]) == (2, "float32")
+    assert (values["train"]["image"], values["infer"]["image"]) == ([64, 64], [64, 96])
     assert values["train"]["batch_size"] == runs.TINY["train.batch_size"]
-    assert values["inference"]["batch_size"] == 1
+    assert values["infer"]["batch_size"] == 1
     assert f"2 x {values['device']}" in printed
-    assert "images/s" in printed
+    assert "of the layer-wise floor" in printed
     assert "MiB per device" in printed
 
 
@@ -36,12 +39,58 @@ def test_rates_follow_from_seconds_and_multiply_adds(figures):
     values, _ = figures
     config = runs.tiny_config("data")
     model = segmenter.create(config.model, label_spec("scenes").num_classes)
-    forward = 2 * sum(describe.macs(model, 64, 64).values())
-    for kind, passes in (("train", 3), ("inference", 1)):
-        f = values[kind]
-        assert f["seconds"] > 0
+    for kind, passes, size in (("train", 3, (64, 64)), ("infer", 1, (64, 96))):
+        f, forward = values[kind], 2 * sum(describe.macs(model, *size).values())
+        assert f["seconds"] == np.median(f["rounds"]) > 0
         assert f["images_per_second"] == pytest.approx(f["batch_size"] / f["seconds"])
         assert f["flop_per_second"] == pytest.approx(passes * forward * f["images_per_second"])
+        assert f["floor_share"] == pytest.approx(f["floor_seconds"] / f["seconds"])
+        assert f["floor_seconds"] == pytest.approx(sum(f["floor_by_group"].values()))
+
+
+def test_the_profile_knows_the_parts_of_the_network(figures):
+    rows = figures[0]["train"]["profile"]
+    found = {(row["group"], row["direction"]) for row in rows if row["seconds"] > 0}
+    for part in ("stem", "layer1", "layer4", "guidance", "duc", "dlc", "loss"):
+        assert {(part, "forward"), (part, "backward")} <= found
+    assert ("optimizer", "forward") in found
+    unknown = sum(row["seconds"] for row in rows if row["group"] == "other")
+    assert unknown < 0.6 * sum(row["seconds"] for row in rows)
+
+
+def test_groups_of_operations():
+    name = "jit(train_step)/transpose(jvp(Segmenter))/backbone/layer2_3/conv1/dot_general"
+    assert profile.group(name, ["backbone", "duc"]) == ("layer2", "backward")
+    name = "jit(train_step)/jvp(Segmenter)/duc/duc._guidance/duc._strided/g_bn/reduce_sum"
+    assert profile.group(name, ["backbone", "duc"]) == ("guidance", "forward")
+    assert profile.group("jit(train_step)/add", ["backbone"]) == ("other", "forward")
+
+
+def test_floor_by_hand():
+    """A convolution bound by arithmetic, one bound by memory, and the image's, without gradient."""
+    ceilings = {"flop_per_second": 100.0, "byte_per_second": 10.0}
+    busy = describe.Convolution(("dlc", "a"), 1, 2, 3, 1000)
+    moving = describe.Convolution(("dlc", "b"), 100, 50, 350, 10)
+    first = describe.Convolution(("backbone", "conv1"), 1, 1, 1, 500)
+    found = floor.seconds([busy, moving, first], 2, 4, ceilings, training=False)
+    moved = (2 * 100 + 2 * 350 + 50) * 4 / 10
+    bn = {layer: 2 * 2 * layer.outputs * 4 / 10 for layer in (busy, moving, first)}
+    assert found["dlc"] == pytest.approx(2 * 2 * 1000 / 100 + moved + bn[busy] + bn[moving])
+    assert found["stem"] == pytest.approx(2 * 2 * 500 / 100 + bn[first])
+    training = floor.seconds([first], 2, 4, ceilings, training=True)
+    assert training["stem"] == pytest.approx(2 * 20 + 3.5 * bn[first])
+
+
+def test_the_floor_has_less_of_the_guidance_than_the_paper():
+    model = segmenter.create(runs.tiny_config("data").model, 5)
+    names = [c.path[-1] for c in floor.executed(model, 64, 64)]
+    paper = {c.path[-1]: c for c in describe.convolutions(model, 64, 64)}
+    assert names.count("guidance_conv") == 1
+    assert not {"g_conv1", "g_conv2"} & set(names)
+    (ours,) = (c for c in floor.executed(model, 64, 64) if c.path[-1] == "guidance_conv")
+    taps = 16 * 16 * 9
+    assert ours.macs == paper["guidance_conv"].macs + taps * 3 * 8
+    assert ours.inputs == 3 * taps < paper["g_conv1"].inputs
 
 
 def test_peak_memory_is_within_the_estimate(figures):
@@ -55,8 +104,8 @@ def test_peak_memory_is_within_the_estimate(figures):
 
 
 def test_warm_up_does_not_count():
-    pauses = iter([0.2] * benchmark.WARM_UP + [0.0, 0.01, 0.2])
-    assert 0.01 <= benchmark.median_seconds(lambda: time.sleep(next(pauses)), 3) < 0.2
+    pauses = iter([0.2] * timing.WARM_UP + [0.0, 0.01, 0.2])
+    assert 0.01 <= timing.median_seconds(lambda: time.sleep(next(pauses)), 3) < 0.2
 
 
 def test_evaluation_holds_neither_logits_nor_probabilities_of_a_whole_image(tmp_path):

@@ -11,8 +11,11 @@ import pytest
 from PIL import Image
 
 import runs
-from duc_dlc_jax import benchmark, benchmark_formats, benchmark_input
 from duc_dlc_jax import config as config_lib
+from duc_dlc_jax.benchmark import __main__ as benchmark
+from duc_dlc_jax.benchmark import formats as benchmark_formats
+from duc_dlc_jax.benchmark import inputs as benchmark_input
+from duc_dlc_jax.benchmark import model as benchmark_model
 from duc_dlc_jax.data import builders, photos, transforms
 from duc_dlc_jax.data.records import open_records
 from duc_dlc_jax.data.transforms import Augmentation
@@ -137,7 +140,7 @@ def test_cpu_time_of_worker_processes_counts():
 def test_the_command_reports_rates_conditions_and_a_missing_pytorch(prepared, monkeypatch, capsys):
     monkeypatch.setattr(benchmark_input.importlib.util, "find_spec", lambda name: None)
     args = SimpleNamespace(config=prepared, steps=2, seconds=0.1, formats=False, synthetic=False)
-    result = benchmark._input(args)
+    result = benchmark.measure_input(args)
     assert result["rounds"]["pipeline"][0] > 0
     assert result["crops_per_second"]["pipeline"] == np.median(result["rounds"]["pipeline"])
     assert result["ratio"] == {}
@@ -171,7 +174,7 @@ def test_formats_hold_the_same_photos(monkeypatch, capsys):
 
 
 def test_fed_steps_beside_steps_with_one_batch(scenes_dir):
-    result = benchmark.fed(runs.tiny_config(scenes_dir), steps=2, rounds=2)
+    result = benchmark_model.fed(runs.tiny_config(scenes_dir), steps=2, rounds=2)
     rates = result["images_per_second"]
     assert set(rates) == {"records", "one_batch"}
     assert len(result["rounds"]["records"]) == 2

@@ -7,12 +7,12 @@ import pathlib
 import re
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 
 from duc_dlc_jax import cli, sharding
 from duc_dlc_jax import config as config_lib
+from networks import Device
 
 ROOT = pathlib.Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
@@ -111,7 +111,8 @@ def test_a_batch_that_does_not_divide_shows_the_arithmetic():
 
 def test_training_checks_the_batch_before_anything_else(monkeypatch, tmp_path):
     train = pytest.importorskip("duc_dlc_jax.train")
-    monkeypatch.setattr(train.sharding, "data_mesh", lambda: SimpleNamespace(size=7))
+    devices = [Device(i) for i in range(7)]
+    monkeypatch.setattr(train.sharding.jax, "devices", lambda: devices)
     config = config_lib.load("configs/demo.py")
     config.data.dir = str(tmp_path)
     with pytest.raises(config_lib.ConfigError, match=r"16 = 2 x 7 \+ 2\); use 14 or 21"):

@@ -154,7 +154,7 @@ def test_ade20k_compiles_at_most_12_programs():
         for image in images_of(*sizes):
             yield {"image": image, "label": np.zeros(image.shape[:2], np.uint8), "name": ""}
 
-    variables = jax.device_put(variables, sharding.replicated(sharding.data_mesh()))
+    variables = jax.device_put(variables, sharding.replicated(sharding.make_mesh()))
     with counted_compilations() as compiled:
         scores, _ = evaluator.run(variables, examples())
     assert scores["images"] == 200
@@ -214,7 +214,7 @@ def test_sliding_windows_compile_one_network():
     protocol = protocols.Protocol(
         "sliding", (0.5, 1.0), crop_size=32, stride=24, pad_sides=(40, 56)
     )
-    labeller = inference.Labeller(model, protocol, sharding.data_mesh(jax.devices()[:1]))
+    labeller = inference.Labeller(model, protocol, sharding.make_mesh(devices=jax.devices()[:1]))
     for size in ((40, 40), (33, 29), (17, 38), (50, 33)):
         (image,), padded = images_of(size), protocol.padded_size(size)
         labels = np.zeros((1, *padded), np.uint8)
@@ -237,7 +237,7 @@ def test_any_number_of_hosts_gives_the_same_figures_exactly(protocol):
         ),
     }[protocol]
     evaluator = evaluate.Evaluator(model, label_spec("camvid"), 2, chosen, boundary=True)
-    variables = jax.device_put(variables, sharding.replicated(sharding.data_mesh()))
+    variables = jax.device_put(variables, sharding.replicated(sharding.make_mesh()))
     rng = np.random.default_rng(0)
     examples = []
     for i, image in enumerate(images_of(*rng.integers(20, 49, (7, 2)).tolist())):

@@ -229,7 +229,7 @@ def test_masked_padding_needs_the_valid_sizes():
     model, rule = segmenter.create(config.model, 5), optimizer.create(config.optimizer, 10)
     state = train_step.create_state(model, rule, config)
     step = train_step.make_train_step(model, rule, config)
-    step = sharding.jit_train_step(step, sharding.data_mesh(jax.devices()[:1]))
+    step = sharding.jit_train_step(step, sharding.make_mesh(devices=jax.devices()[:1]))
     batch = {"image": IMAGE, "label": jax.ShapeDtypeStruct((1, 64, 64), jnp.uint8)}
     with pytest.raises(ConfigError, match=r'bn_padding="masked" needs .* "valid", int32 \[B, 2\]'):
         step.lower(state, batch)
@@ -289,13 +289,6 @@ def test_masked_statistics_of_the_guidance_are_those_of_the_valid_pixels(padded_
     expected = 0.9 * before.batch_stats["duc"]["g_bn"]["mean"] + 0.1 * np.concatenate(valid).mean(0)
     ours = after["masked", "part"][0].batch_stats["duc"]["g_bn"]["mean"]
     np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-12)
-
-
-def test_groups_follow_the_devices():
-    config = tiny_config("")
-    assert segmenter.create(config.model, 5, 8).bn_groups == 1
-    config.model.bn_groups = "device"
-    assert segmenter.create(config.model, 5, 8).bn_groups == 8
 
 
 # Dtypes

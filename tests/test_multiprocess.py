@@ -54,15 +54,20 @@ def largest_difference(first, second):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "tolerance", "mode"), [("float32", 1e-5, "whole"), ("float64", 1e-10, "sliding")]
+    ("dtype", "tolerance", "mode", "space"),
+    [
+        ("float32", 1e-5, "whole", 1),
+        ("float64", 1e-10, "sliding", 1),
+        ("float64", 1e-10, "whole", 4),  # the rows of an image lie in both processes
+    ],
 )
-def test_two_processes_equal_one(scenes_dir, tmp_path, dtype, tolerance, mode):
+def test_two_processes_equal_one(scenes_dir, tmp_path, dtype, tolerance, mode, space):
     changes = {"train__steps": 2, "model__dtype": dtype, "optimizer__learning_rate": 1e-3}
     changes |= {"eval__mode": mode, "eval__crop_size": 160}
     one, two = tmp_path / "one", tmp_path / "two"
     result = run(command(scenes_dir, one, **changes), devices=4)
     assert ", 4 cpu device(s)" in result.stderr
-    run_two(scenes_dir, two, **changes)
+    run_two(scenes_dir, two, mesh__space=space, **changes)
     difference = largest_difference(saved_state(one, 2), saved_state(two, 2))
     print(f"{dtype}: largest relative difference {difference:.2e}")
     assert difference <= tolerance

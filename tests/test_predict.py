@@ -26,7 +26,7 @@ def quick_programs(monkeypatch):
 
 def labelling_of(protocol):
     model, variables, _ = network("corners", "float32")
-    variables = jax.device_put(variables, sharding.replicated(sharding.data_mesh()))
+    variables = jax.device_put(variables, sharding.replicated(sharding.make_mesh()))
     return predict.Labelling(Predictor(model, protocol), variables)
 
 

@@ -25,7 +25,7 @@ def quick_programs(monkeypatch):
 def scores_of(protocol, images, padded):
     """Averaged scores of each image, by the labeller; float64 [h, w, K] each."""
     model, variables, _ = network(protocol.grid)
-    labeller = inference.Labeller(model, protocol, sharding.data_mesh(jax.devices()[:1]))
+    labeller = inference.Labeller(model, protocol, sharding.make_mesh(devices=jax.devices()[:1]))
     sizes = [image.shape[:2] for image in images]
     groups = labeller.groups(variables, on_canvas(images, padded), sizes)
     shape = (len(images), *padded)

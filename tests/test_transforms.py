@@ -240,6 +240,24 @@ def test_drawn_geometry_covers_its_ranges_and_repeats_with_its_seed():
     assert all(g.top <= max(g.height - 40, 0) for g in drawn)
 
 
+def test_a_crop_wider_than_high_is_the_square_ones_first_rows():
+    """At the same place; beyond the image's right end it is padding."""
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (60, 84, 3)).astype(np.uint8)
+    label = rng.integers(0, 9, (60, 84)).astype(np.uint8)
+    wide = dataclasses.replace(BASE, crop_size=24, crop_width=100)
+    square = dataclasses.replace(BASE, crop_size=100)
+    geometry = Geometry(60, 84, 0, 0)
+    for ours, theirs in zip(
+        cut(image, label, geometry, wide), cut(image, label, geometry, square), strict=True
+    ):
+        assert ours.shape[:2] == (24, 100)
+        np.testing.assert_array_equal(ours, theirs[:24])
+    drawn = [transforms.draw_geometry(np.random.default_rng(s), (60, 84), wide) for s in range(200)]
+    assert all(g.left <= max(g.width - 100, 0) and g.top <= max(g.height - 24, 0) for g in drawn)
+    assert max(g.top for g in drawn) > 60
+
+
 def test_portrait_images_keep_their_short_side():
     assert transforms.resized_shape((84, 60, 3), 30) == (42, 30)
     assert transforms.resized_shape((60, 84), 30) == (30, 42)

@@ -1,10 +1,12 @@
-"""The layer-wise floor: how fast a device could run the network's convolutions and nothing else.
+"""The layer-wise floor: how fast a device could run the network layer by layer, at its best.
 
-Each convolution takes at least the longer of its arithmetic at the device's matrix rate and its
+A convolution takes at least the longer of its arithmetic at the device's matrix rate and its
 inputs, weights and outputs, each moved once at the device's copy rate. Training runs three of them:
-the output, the input's gradient (not where the input is the image) and the weights' gradient. BN,
-ReLU, sums, resizes and the loss count as free, as if fused. g(I) counts as `DUC` computes it, at
-the pixels that the stride-4 convolution reads.
+the output, the input's gradient (not where the input is the image) and the weights' gradient. The
+BN and ReLU after it move its output: in inference and forward once in, once out (the sums of a
+forward pass are free, as if taken by the convolution); backward twice in for the sums of the
+gradient, twice in and once out for the gradient. Sums of branches, resizes, the loss and the update
+count as free. g(I) counts as `DUC` computes it, at the pixels that the stride-4 convolution reads.
 """
 
 from __future__ import annotations
@@ -77,7 +79,8 @@ def seconds(
             "conv1",
         )
         passes = (2 if of_image else 3) if training else 1
-        found[group_of(layer.path)] += passes * least
+        normalised = (7 if training else 2) * outputs * itemsize / ceilings["byte_per_second"]
+        found[group_of(layer.path)] += passes * least + normalised
     return dict(found)
 
 

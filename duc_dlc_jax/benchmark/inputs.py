@@ -75,7 +75,7 @@ def compare(config: ml_collections.ConfigDict, rounds: int, seconds: float) -> d
         "images": len(records),
         "smallest": sizes[0],
         "largest": sizes[-1],
-        "crop": data.crop_size,
+        "crop": [data.crop_size, data.crop_width or data.crop_size],
         "base_size": data.base_size,
         "batch_size": batch_size,
         "crops_per_second": medians,
@@ -164,13 +164,13 @@ class WholeImages:
         if drawn.flipped:
             axis = 1 if config.flip == "left_right" else 0
             image, label = cv2.flip(image, axis), cv2.flip(label, axis)
-        side = config.crop_size
-        below, right = max(side - drawn.height, 0), max(side - drawn.width, 0)
+        rows, columns = config.crop
+        below, right = max(rows - drawn.height, 0), max(columns - drawn.width, 0)
         if below or right:
             pad = (0, below, 0, right, cv2.BORDER_CONSTANT)
             image = cv2.copyMakeBorder(image, *pad, value=(0, 0, 0))
             label = cv2.copyMakeBorder(label, *pad, value=IGNORE)
-        window = np.s_[drawn.top : drawn.top + side, drawn.left : drawn.left + side]
+        window = np.s_[drawn.top : drawn.top + rows, drawn.left : drawn.left + columns]
         image, label = image[window], label[window]
         if self.normalise:
             image = (image.transpose(2, 0, 1) / np.float32(255) - MEAN) / STD

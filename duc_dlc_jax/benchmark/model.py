@@ -37,13 +37,13 @@ class Work:
 
     def __init__(self, config: ml_collections.ConfigDict, size: Size | None = None):
         config_lib.validate(config)
-        self.config, self.mesh = config, sharding.data_mesh()
-        sharding.check_batch(config.train.batch_size, self.mesh.size)
+        self.config, self.mesh = config, sharding.training_mesh(config)
         self.classes = find_spec(config.data).num_classes
-        self.model = segmenter.create(config.model, self.classes, self.mesh.size)
+        groups = sharding.bn_groups(config, self.mesh)
+        self.model = segmenter.create(config.model, self.classes, groups)
         self.variables = init_variables(self.model, config.seed)
-        side = config.data.crop_size
-        self.crop, self.size = (side, side), size or (side, side)  # of training, of inference
+        self.crop: Size = config_lib.crop_shape(config.data)
+        self.size = size or self.crop  # of inference
         self.ceilings = floor.ceilings(config.model.dtype)
 
     def rates(self, what: str, seconds: list[float]) -> dict[str, Any]:
@@ -85,10 +85,11 @@ class Work:
 
 def random_batch(config: ml_collections.ConfigDict, classes: int) -> dict[str, np.ndarray]:
     """A training batch of the configuration's sizes with random pixels, see `make_train_step`."""
-    rng, size, batch = np.random.default_rng(0), config.data.crop_size, config.train.batch_size
-    image = rng.integers(0, 256, (batch, size, size, 3)).astype(np.uint8)
+    rng, batch = np.random.default_rng(0), config.train.batch_size
+    size = config_lib.crop_shape(config.data)
+    image = rng.integers(0, 256, (batch, *size, 3)).astype(np.uint8)
     label = rng.integers(0, classes, image.shape[:3]).astype(np.uint8)
-    return {"image": image, "label": label, "valid": np.full((batch, 2), size, np.int32)}
+    return {"image": image, "label": label, "valid": np.tile(np.int32(size), (batch, 1))}
 
 
 def time_train_step(config, model, mesh, variables, data, steps: int) -> tuple[float, int]:
@@ -107,7 +108,7 @@ class Step:
         optimizer = optimizers.create(config.optimizer, config.train.steps or steps)
         state = create_state(model, optimizer, config, variables)
         self._state = jax.device_put(state, sharding.replicated(mesh))
-        self._data = jax.device_put(data, sharding.batched(mesh))
+        self._data = sharding.to_devices(data, mesh)
         step = make_train_step(model, optimizer, config, [1] * model.num_classes)
         jitted = sharding.jit_train_step(step, mesh)
         start = time.perf_counter()
@@ -146,7 +147,7 @@ def train(
 
 def infer(work: Work, steps: int, rounds: int, peer: Peer | None = None) -> dict[str, Any]:
     """One image to train ids on one device, as `predict` and `evaluate` do it, whole."""
-    mesh = sharding.data_mesh(jax.local_devices()[:1])
+    mesh = sharding.make_mesh(devices=jax.local_devices()[:1])
     protocol = protocols.Protocol(grid=work.model.resize_grid, logit_stride=work.model.logit_stride)
     labeller = Labeller(work.model, protocol, mesh)
     variables = jax.device_put(work.variables, sharding.replicated(mesh))
@@ -204,7 +205,7 @@ def evaluation(config: ml_collections.ConfigDict, size: tuple[int, int], steps: 
     """
     config_lib.validate(config)
     protocol = protocols.Protocol.from_config(config)
-    mesh = sharding.data_mesh(jax.local_devices()[:1])
+    mesh = sharding.make_mesh(devices=jax.local_devices()[:1])
     model = segmenter.create(config.model, find_spec(config.data).num_classes)
     variables = jax.device_put(init_variables(model, config.seed), sharding.replicated(mesh))
     labeller, padded = Labeller(model, protocol, mesh), protocol.padded_size(size)
@@ -243,10 +244,10 @@ def fed(config: ml_collections.ConfigDict, steps: int, rounds: int = 5) -> dict[
     from duc_dlc_jax import train as training  # late: 150 MB that --evaluate would count
 
     config_lib.validate(config)
-    mesh = sharding.data_mesh()
-    sharding.check_batch(config.train.batch_size, mesh.size)
+    mesh = sharding.training_mesh(config)
     records = open_records(config.data, config.data.train_split)
-    model = segmenter.create(config.model, records.spec.num_classes, mesh.size)
+    groups = sharding.bn_groups(config, mesh)
+    model = segmenter.create(config.model, records.spec.num_classes, groups)
     optimizer = optimizers.create(config.optimizer, 2 * (rounds + 1) * steps)
     state = create_state(model, optimizer, config, init_variables(model, config.seed))
     state = jax.device_put(state, sharding.replicated(mesh))

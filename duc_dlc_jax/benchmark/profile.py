@@ -62,7 +62,7 @@ def group(operation: str, modules: Collection[str]) -> tuple[str, str]:
     for start in modules:
         if start in parts:
             rest = parts[parts.index(start) :]
-            if start == "duc" and "duc._strided" in operation:
+            if start == "duc" and "duc._guidance" in operation:
                 return "guidance", direction
             return group_of((rest[0], *(rest[1:2] or [""]))), direction
     for start in ("loss", "optimizer"):

@@ -78,9 +78,9 @@ class _Positions:
             if not self._mask_bad:
                 raise error from error.__cause__
             logging.warning("masked: %s", error)
-        side = self._augmentation.crop_size
-        label = np.full((side, side), IGNORE, np.uint8)
-        return row(np.zeros((side, side, 3), np.uint8), label, np.full(2, side, np.int32), bad=True)
+        size = self._augmentation.crop
+        label = np.full(size, IGNORE, np.uint8)
+        return row(np.zeros((*size, 3), np.uint8), label, np.array(size, np.int32), bad=True)
 
 
 class ClassUniform:
@@ -135,8 +135,8 @@ def train_iterator(
     also on another number of processes.
 
     Yields:
-      image uint8 [b, C, C, 3], label uint8 [b, C, C], valid int32 [b, 2] (height and width of the
-      unpadded part), record int32 [b], bad bool [b]; b = B / P.
+      image uint8 [b, C, D, 3], label uint8 [b, C, D], valid int32 [b, 2] (height and width of the
+      unpadded part), record int32 [b], bad bool [b]; b = B / P, C x D the crop.
       A bad record (data.bad_records = "mask") is black and all ignored, in its own place.
 
     Raises:

@@ -40,6 +40,12 @@ class Augmentation:
     blur_probability: float
     rotate_degrees: float
     photometric_probability: float = 0.0
+    crop_width: int = 0
+
+    @property
+    def crop(self) -> tuple[int, int]:
+        """Height and width of the crops in pixels."""
+        return self.crop_size, self.crop_width or self.crop_size
 
     @classmethod
     def from_config(cls, data: Any) -> Augmentation:
@@ -100,15 +106,15 @@ def draw_geometry(
     flipped = bool(rng.random() < 0.5) and config.flip != "none"
     low, high = config.sizes()
     height, width = resized_shape(shape, int(rng.integers(low, high + 1)))
-    tops, lefts = (max(size - config.crop_size, 0) for size in (height, width))
+    tops, lefts = (max(n - c, 0) for n, c in zip((height, width), config.crop, strict=True))
     rows, columns = (0, tops), (0, lefts)
     if focus is not None:
         y, x = (focus[0] + 0.5) * height / shape[0], (focus[1] + 0.5) * width / shape[1]
         if flipped:
             y, x = (y, width - x) if config.flip == "left_right" else (height - y, x)
         rows, columns = (
-            (max(int(p) - config.crop_size + 1, 0), min(int(p), limit))
-            for p, limit in ((y, tops), (x, lefts))
+            (max(int(p) - size + 1, 0), min(int(p), limit))
+            for p, limit, size in zip((y, x), (tops, lefts), config.crop, strict=True)
         )
     top = int(rng.integers(rows[0], rows[1] + 1))
     left = int(rng.integers(columns[0], columns[1] + 1))
@@ -158,15 +164,15 @@ def train_transform(
         and of the label, train ids uint8 [h, w].
       shape: (H, W) of the whole.
       rng: the only source of randomness.
-      config: C = config.crop_size.
+      config: (C, D) = config.crop.
       focus: (y, x) of a pixel that the crop shall hold.
 
     Returns:
-      Image uint8 [C, C, 3], black where padded; label uint8 [C, C], 255 where padded; and height
+      Image uint8 [C, D, 3], black where padded; label uint8 [C, D], 255 where padded; and height
       and width of the unpadded part, int32 [2].
     """
     geometry = draw_geometry(rng, shape, config, focus)
-    valid = np.minimum((geometry.height, geometry.width), config.crop_size).astype(np.int32)
+    valid = np.minimum((geometry.height, geometry.width), config.crop).astype(np.int32)
     return *cut(read, shape, geometry, config), valid
 
 
@@ -175,8 +181,7 @@ def cut(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Samples one crop; image and label as in `train_transform`."""
     flip = config.flip if geometry.flipped else "none"
-    size = (config.crop_size, config.crop_size)
-    x, y = source_points(shape, geometry, size, flip)
+    x, y = source_points(shape, geometry, config.crop, flip)
     shrink = config.antialias and geometry.height < shape[0]
     reach = 3 * shape[0] / geometry.height if shrink else 1  # of the filter, source pixels
     box = _bounds(x, y, shape, reach)

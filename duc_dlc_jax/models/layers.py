@@ -350,12 +350,12 @@ def resize_bilinear(
         return x
     if all(x.shape[axis + 1] == size[axis] for axis in axes):
         return x
-    for axis in axes:
+    for axis in axes:  # rows and batch stay apart: either may be split over devices
         lead, tail = x.shape[: axis + 1], x.shape[axis + 2 :]
         matrix = interpolation_matrix(x.shape[axis + 1], size[axis], grid, step).astype(x.dtype)
-        y = x.reshape(math.prod(lead), x.shape[axis + 1], math.prod(tail))
-        weights = jnp.broadcast_to(matrix[None], (len(y), *matrix.shape))
-        y = jnp.einsum("noi,nic->noc", weights, y, precision=jax.lax.Precision.HIGHEST)
+        y = x.reshape(*lead, x.shape[axis + 1], math.prod(tail))
+        weights = jnp.broadcast_to(matrix[(None,) * len(lead)], (*lead, *matrix.shape))
+        y = jnp.einsum("...oi,...ic->...oc", weights, y, precision=jax.lax.Precision.HIGHEST)
         x = y.reshape(*lead, size[axis], *tail)
     return x
 

@@ -156,15 +156,15 @@ class Segmenter(nn.Module):
         return registry.logit_stride(self.upsampling, self.output_stride)
 
 
-def create(model: ml_collections.ConfigDict, num_classes: int, data_devices: int = 1) -> Segmenter:
-    """The network of `config.model`; `data_devices` sets the BN groups of `bn_groups="device"`.
+def create(model: ml_collections.ConfigDict, num_classes: int, bn_groups: int = 1) -> Segmenter:
+    """The network of `config.model`; `bn_groups`: in how many parts, see `sharding.bn_groups`.
 
     Raises ConfigError for dtype "float64" while JAX's 64-bit numbers are off (`enable_dtype`).
     """
     if model.dtype == "float64" and not jax.config.read("jax_enable_x64"):
         raise ConfigError('model.dtype="float64" needs jax.config.update("jax_enable_x64", True)')
     fields = dict(model)
-    fields["bn_groups"] = data_devices if model.bn_groups == "device" else 1
+    fields["bn_groups"] = bn_groups
     fields["dtype"] = jnp.dtype(model.dtype)
     fields["dlc_rates"] = tuple(model.dlc_rates)
     fields["context_rates"] = tuple(model.context_rates)
