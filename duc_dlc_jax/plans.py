@@ -143,16 +143,14 @@ def _network(draft: _Draft, machine: Machine) -> None:
     weights, model = draft.config.init.weights, draft.config.model
     if weights:
         path = Path(weights).expanduser().resolve()
-        depth = pretrained.find_depth(path)
+        layout, source = pretrained.inspect(path, draft.config.init.source)
         draft.put("init.weights", str(path), GIVEN)
         draft.config.init.weights = str(path)
-        named = draft.config.init.source or pretrained.DEFAULT_SOURCE
-        if source := pretrained.SOURCES.get(named):
-            draft.put("init.source", named, "assumed: a file does not say where it is from")
-            for field in ("stem", "stride_on"):
-                if model[field] != getattr(source, field):
-                    draft.put(f"model.{field}", getattr(source, field), f"weights of {named}")
-        draft.put("model.depth", depth or model.depth, f"the weights in {path.name}")
+        draft.put("init.source", source, "assumed: a file does not say where it is from")
+        for field, value in pretrained.model_fields(layout, source).items():
+            if model[field] != value:
+                draft.put(f"model.{field}", value, f"weights of {source}")
+        draft.put("model.depth", layout.depth() or model.depth, f"the weights in {path.name}")
         _check_weights(draft.config)
     elif machine.is_cpu:
         small = config_lib.load("configs/demo.py").model

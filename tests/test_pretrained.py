@@ -14,7 +14,7 @@ import pytest
 import safetensors.numpy
 
 from duc_dlc_jax import config as default_config
-from duc_dlc_jax.models import layers, pretrained, segmenter
+from duc_dlc_jax.models import layers, pretrained, segmenter, tensor_files
 from duc_dlc_jax.models.resnet import ResNet
 from networks import NARROW
 
@@ -214,7 +214,7 @@ def test_wrong_files(tmp_path):
     objects = tmp_path / "objects.npz"
     np.savez(objects, a=np.array([{}], object))
     with pytest.raises(ValueError, match="not a readable"):
-        pretrained.read_tensors(objects)
+        tensor_files.read_tensors(objects)
 
 
 # .pth
@@ -242,7 +242,7 @@ class _Call:
 def test_hostile_pickle_runs_nothing(tmp_path, function, capfd):
     path = write_pickle(tmp_path / "w.pth", pickle.dumps({"a": _Call(function, "echo run")}))
     with pytest.raises(ValueError, match="nothing of it was run"):
-        pretrained.read_tensors(path)
+        tensor_files.read_tensors(path)
     assert capfd.readouterr().out == ""
 
 
@@ -281,9 +281,9 @@ def test_pth_views_stay_within_their_storage(tmp_path, count, offset, size, stri
     path = write_pickle(tmp_path / "w.pth", content, [("0", data.tobytes())])
     if message:
         with pytest.raises(ValueError, match=message):
-            pretrained.read_tensors(path)
+            tensor_files.read_tensors(path)
     else:
-        np.testing.assert_array_equal(pretrained.read_tensors(path)["a"], [[1, 2], [4, 5]])
+        np.testing.assert_array_equal(tensor_files.read_tensors(path)["a"], [[1, 2], [4, 5]])
 
 
 def test_big_endian_pth(tmp_path):
@@ -291,7 +291,7 @@ def test_big_endian_pth(tmp_path):
     path = write_pickle(tmp_path / "w.pth", content, [("0", np.arange(3, dtype=">f4").tobytes())])
     with zipfile.ZipFile(path, "a") as archive:
         archive.writestr("w/byteorder", "big")
-    np.testing.assert_array_equal(pretrained.read_tensors(path)["a"], [0, 1, 2])
+    np.testing.assert_array_equal(tensor_files.read_tensors(path)["a"], [0, 1, 2])
 
 
 def test_pth_of_every_dtype_views_and_wrappers(tmp_path):
@@ -309,7 +309,7 @@ def test_pth_of_every_dtype_views_and_wrappers(tmp_path):
     }
     path = tmp_path / "w.pth"
     torch.save({"epoch": 3, "state_dict": state}, path)
-    read = pretrained.read_tensors(path)
+    read = tensor_files.read_tensors(path)
     assert set(read) == set(state)
     for name, value in state.items():
         expected = value.detach()
@@ -318,17 +318,17 @@ def test_pth_of_every_dtype_views_and_wrappers(tmp_path):
         np.testing.assert_array_equal(read[name].astype(expected.numpy().dtype), expected.numpy())
     module = torch.nn.Conv2d(3, 4, 1)
     torch.save(module.state_dict(), path)  # an OrderedDict with _metadata
-    assert set(pretrained.read_tensors(path)) == {"weight", "bias"}
+    assert set(tensor_files.read_tensors(path)) == {"weight", "bias"}
     torch.save(module, path)  # a pickled module needs its class
     with pytest.raises(ValueError, match="Conv2d, which is not a tensor"):
-        pretrained.read_tensors(path)
+        tensor_files.read_tensors(path)
 
 
 def test_legacy_pth_says_how_to_convert(tmp_path):
     path = tmp_path / "w.pth"
     path.write_bytes(pickle.dumps({"a": 1}, 2))
     with pytest.raises(ValueError, match=r"torch\.save\(torch\.load\("):
-        pretrained.read_tensors(path)
+        tensor_files.read_tensors(path)
 
 
 # the real weights
