@@ -137,6 +137,7 @@ def test_backbone_equals_torchvision(depth):
         ((62, 41), {"resize_grid": "stride", "output_stride": 16, "commute_coefficients": False}),
         ((47, 66), {"resize_grid": "corners", "output_stride": 8, "commute_coefficients": False}),
         ((50, 63), {"resize_grid": "stride", "output_stride": 8}),
+        ((61, 43), {"resize_grid": "half_pixel", "output_stride": 16}),
         ((70, 45), {"resize_grid": "corners", "guidance_kernel": 5, "stride_on": "1x1"}),
         ((53, 66), {"resize_grid": "corners", "guidance_stride": 2, "commute_coefficients": False}),
         (
