@@ -110,8 +110,8 @@ def default() -> ml_collections.ConfigDict:
     c.model.bn_padding = "counted"  # padding of crops in the statistics: counted [C] or masked
 
     c.init = ml_collections.ConfigDict()
-    c.init.weights = ""  # backbone weights: .npz, .safetensors or .pth; empty = from scratch
-    c.init.source = ""  # what the file cannot say; see duc_dlc_jax/models/pretrained.py
+    c.init.weights = ""  # backbone: a name or a file, docs/conversion.md; empty = from scratch
+    c.init.source = ""  # what the file cannot say; docs/conversion.md
 
     c.loss = ml_collections.ConfigDict()
     c.loss.aux_weight = 0.2  # used with model.aux_head [C]

@@ -78,7 +78,11 @@ def write(path, tensors):
         safetensors.numpy.save_file(tensors, path)
     else:
         torch = pytest.importorskip("torch", reason="writing a .pth needs torch; reading does not")
-        torch.save({name: torch.from_numpy(value) for name, value in tensors.items()}, path)
+        torch.save(
+            {name: torch.from_numpy(value) for name, value in tensors.items()},
+            path,
+            _use_new_zipfile_serialization=path.name != "old.pth",
+        )
     return path
 
 
@@ -103,10 +107,10 @@ def check(params, batch_stats, tensors, deep=False):
     assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(backbone))
 
 
-@pytest.mark.parametrize("suffix", [".npz", ".safetensors", ".pth"])
-def test_every_format_loads_the_same(tmp_path, suffix):
+@pytest.mark.parametrize("name", ["w.npz", "w.safetensors", "w.pth", "old.pth"])
+def test_every_format_loads_the_same(tmp_path, name):
     tensors, c = file_tensors(), model_config()
-    params, batch_stats, report = load(write(tmp_path / f"w{suffix}", tensors), c)
+    params, batch_stats, report = load(write(tmp_path / name, tensors), c)
     check(params, batch_stats, tensors)
     before = shapes(c)
     assert jax.tree.structure((params, batch_stats)) == jax.tree.structure(before)
@@ -238,12 +242,67 @@ class _Call:
         return self.call
 
 
-@pytest.mark.parametrize("function", [os.system, eval, getattr, pathlib.Path, np.zeros])
+HOSTILE = pytest.mark.parametrize("function", [os.system, eval, getattr, pathlib.Path, np.zeros])
+
+
+@HOSTILE
 def test_hostile_pickle_runs_nothing(tmp_path, function, capfd):
     path = write_pickle(tmp_path / "w.pth", pickle.dumps({"a": _Call(function, "echo run")}))
     with pytest.raises(ValueError, match="nothing of it was run"):
         tensor_files.read_tensors(path)
     assert capfd.readouterr().out == ""
+
+
+def stream(*, system=None, content=b"", keys=(), storages=b"", magic=tensor_files.MAGIC):
+    """A file as torch.save wrote it before PyTorch 1.6."""
+    system = {"little_endian": True} if system is None else system
+    pickles = [pickle.dumps(part, 2) for part in (magic, 1001, system)]
+    return b"".join([*pickles, content, pickle.dumps(list(keys), 2), storages])
+
+
+@HOSTILE
+@pytest.mark.parametrize("place", ["magic", "system", "content", "keys"])
+def test_hostile_pickles_before_the_zip_format_run_nothing(tmp_path, function, place, capfd):
+    call = _Call(function, "echo run")
+    content = pickle.dumps({"a": call} if place == "content" else {}, 2)
+    parts = {"magic": call} if place == "magic" else {"system": call} if place == "system" else {}
+    path = tmp_path / "w.pth"
+    path.write_bytes(stream(content=content, keys=[call] if place == "keys" else [], **parts))
+    with pytest.raises(ValueError, match="nothing of it was run"):
+        tensor_files.read_tensors(path)
+    assert capfd.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("count", "offset", "size", "stride", "given", "message"),
+    [
+        (6, 1, (2, 2), (3, 1), 6, None),
+        (6, 3, (2, 2), (3, 1), 6, "beyond its storage"),
+        (10**12, 0, (2,), (1,), 6, "larger than the file"),
+        (6, 0, (2,), (1,), 5, "has 24 of 24 bytes|has 20 of 24 bytes"),
+    ],
+)
+def test_tensors_before_the_zip_format(tmp_path, count, offset, size, stride, given, message):
+    for little in (True, False):
+        data = np.arange(given, dtype="<f4" if little else ">f4").tobytes()
+        storages = given.to_bytes(8, "little" if little else "big") + data
+        content = _pickled_tensor("FloatStorage", "0", count, offset, size, stride)
+        system = {"little_endian": little}
+        path = tmp_path / "w.pth"
+        path.write_bytes(stream(system=system, content=content, keys=["0"], storages=storages))
+        if message:
+            with pytest.raises(ValueError, match=message):
+                tensor_files.read_tensors(path)
+        else:
+            np.testing.assert_array_equal(tensor_files.read_tensors(path)["a"], [[1, 2], [4, 5]])
+
+
+def test_a_truncated_pth_is_refused(tmp_path):
+    for name in ("w.pth", "old.pth"):
+        path = write(tmp_path / name, file_tensors())
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+        with pytest.raises(ValueError, match="not a state dict"):
+            tensor_files.read_tensors(path)
 
 
 def _pickled_tensor(storage: str, key: str, count: int, offset: int, size, stride) -> bytes:

@@ -20,6 +20,7 @@ import numpy as np
 from absl import logging
 
 from duc_dlc_jax.config import ConfigError
+from duc_dlc_jax.models import weights
 from duc_dlc_jax.models.layers import IMAGE_STD
 from duc_dlc_jax.models.layouts import Layout, recognise
 from duc_dlc_jax.models.resnet import BLOCKS
@@ -37,6 +38,7 @@ class Source:
     """
 
     note: str
+    licence: str  # of the published weights
     stride_on: str = "3x3"  # config.model.stride_on
     bn_epsilon: float = 1e-5  # config.model.bn_epsilon
     channels: str = "rgb"
@@ -52,13 +54,18 @@ class Source:
 
 
 SOURCES = {
-    "torchvision": Source("torchvision's resnet50, 101, 152"),
-    "timm": Source("timm's resnet50, 101, 152 and resnet50s, 101s, 152s"),
-    "huggingface": Source("Hugging Face's ResNets with downsample_in_bottleneck=False"),
-    "pytorch_encoding": Source("PyTorch-Encoding and FastFCN"),
-    "keras_v1": Source("Keras ResNet v1 converted to torchvision names, RGB", stride_on="1x1"),
+    "torchvision": Source("torchvision's resnet50, 101, 152", "BSD-3-Clause"),
+    "timm": Source("timm's resnet50, 101, 152 and resnet50s, 101s, 152s", "Apache-2.0"),
+    "huggingface": Source(
+        "Hugging Face's ResNets with downsample_in_bottleneck=False", "Apache-2.0"
+    ),
+    "pytorch_encoding": Source("PyTorch-Encoding and FastFCN", "MIT"),
+    "keras_v1": Source(
+        "Keras ResNet v1 converted to torchvision names, RGB", "MIT", stride_on="1x1"
+    ),
     "detectron_caffe": Source(
         "Detectron's and OpenMMLab's 'caffe' ResNets",
+        "Apache-2.0",
         stride_on="1x1",
         channels="bgr",
         pixels="0..255",
@@ -103,7 +110,8 @@ def load_backbone(
     """Replaces the backbone's parameters and running statistics with those of a file.
 
     Args:
-      path: .npz, .safetensors or zip-format .pth; convolutions OIHW, in any floating dtype.
+      path: .npz, .safetensors or .pth, convolutions OIHW, in any floating dtype; or a name of
+        `weights.TABLE`, which is downloaded.
       source: a key of `SOURCES`; empty = the one that the layout of names suggests, with a warning.
       params: the `params` collection of `Segmenter` (its `backbone` entry is replaced in a copy).
       batch_stats: its `batch_stats` collection, likewise.
@@ -117,6 +125,7 @@ def load_backbone(
       ConfigError: unknown source; a configuration that the source or the file contradicts; another
         network's file or an unreadable one; a missing tensor; a shape that differs.
     """
+    path, source = weights.find(path, source)
     tensors = read_tensors(path)
     layout = recognise(tensors)
     name = _source_name(source, path, layout)
@@ -159,8 +168,10 @@ def load_backbone(
 def inspect(path: str | Path, source: str = "") -> tuple[Layout, str]:
     """How a file's tensors are named, and the source that holds for it: `source` or the likely one.
 
-    Raises as `read_tensors` and `layouts.recognise` do, and for an unknown source.
+    path: as in `load_backbone`. Raises as `weights.find`, `read_tensors` and `layouts.recognise`
+    do, and for an unknown source.
     """
+    path, source = weights.find(path, source)
     layout = recognise(read_tensors(path))
     return layout, _source_name(source, path, layout, quiet=True)
 
