@@ -130,39 +130,54 @@ def load_backbone(
     layout = recognise(tensors)
     name = _source_name(source, path, layout)
     _check_config(name, layout, model_config)
-    wanted = _wanted({"params": params["backbone"], "batch_stats": batch_stats["backbone"]})
+    wanted = backbone_names({"params": params["backbone"], "batch_stats": batch_stats["backbone"]})
     report = _report(path, name, layout, tensors, wanted)
     for line in report.lines():
         logging.info("%s", line)
     if report.missing:
         raise ConfigError(_missing_message(report, layout, model_config))
 
-    first = "conv1.0.weight" if model_config.stem == "deep" else "conv1.weight"
-    new = {}
-    for tensor in report.loaded:
-        key, leaf = wanted[tensor]
-        value = tensors[layout.names[tensor]]
-        if value.ndim == 4:
-            value = value.transpose(2, 3, 1, 0)  # OIHW -> HWIO
-        if value.shape != leaf.shape:
-            in_file = tuple(tensors[layout.names[tensor]].shape)
-            ours = tuple(leaf.shape[i] for i in (3, 2, 0, 1)) if leaf.ndim == 4 else leaf.shape
-            raise ConfigError(
-                f"{path}: tensor {layout.names[tensor]} has shape {in_file}, the network needs "
-                f"{tuple(ours)} (config.model.depth={model_config.depth}, "
-                f"width={model_config.width}, stem={model_config.stem}). Set these fields to what "
-                "the file holds, or give another file in config.init.weights."
-            )
-        value = value.astype(leaf.dtype)
-        if tensor == first:
-            value = _adapt_input(value, SOURCES[name])
-        new[key] = jnp.asarray(value, leaf.dtype)
-    tree = flax.traverse_util.unflatten_dict(new)
+    tree = placed(path, tensors, layout, wanted, SOURCES[name])
     return (
         {**params, "backbone": tree["params"]},
         {**batch_stats, "backbone": tree["batch_stats"]},
         report,
     )
+
+
+Wanted = dict[str, tuple[tuple[str, ...], Any]]  # name -> (path in {params, batch_stats}, array)
+
+
+def placed(
+    path: str | Path,
+    tensors: dict[str, np.ndarray],
+    layout: Layout,
+    wanted: Wanted,
+    source: Source,
+) -> dict[str, Any]:
+    """The tensors as a tree with the structure, shapes and dtypes of `wanted`.
+
+    tensors: of the file `path`, by its own names; convolutions OIHW. Every name of `wanted` is one
+    of `layout.names`. Raises ConfigError for a shape that differs.
+    """
+    new = {}
+    for name, (key, leaf) in wanted.items():
+        value = tensors[layout.names[name]]
+        if value.ndim == 4:
+            value = value.transpose(2, 3, 1, 0)  # OIHW -> HWIO
+        if value.shape != leaf.shape:
+            in_file = tuple(tensors[layout.names[name]].shape)
+            ours = tuple(leaf.shape[i] for i in (3, 2, 0, 1)) if leaf.ndim == 4 else leaf.shape
+            raise ConfigError(
+                f"{path}: tensor {layout.names[name]} has shape {in_file}, the network needs "
+                f"{tuple(ours)} by config.model.depth, width and stem. Set these fields to what "
+                "the file holds, or give another file in config.init.weights."
+            )
+        value = value.astype(leaf.dtype)
+        if name in ("conv1.0.weight", "conv1.weight"):  # what reads the image
+            value = _adapt_input(value, source)
+        new[key] = jnp.asarray(value, leaf.dtype)
+    return flax.traverse_util.unflatten_dict(new)
 
 
 def inspect(path: str | Path, source: str = "") -> tuple[Layout, str]:
@@ -216,10 +231,12 @@ def _check_config(name: str, layout: Layout, model: ml_collections.ConfigDict) -
         )
 
 
-def _wanted(backbone: dict[str, Any]) -> dict[str, tuple[tuple[str, ...], Any]]:
-    """{torchvision name: (path in {params, batch_stats}, array)} of the backbone."""
-    leaves = {"kernel": "weight", "scale": "weight", "bias": "bias"}
-    leaves |= {"mean": "running_mean", "var": "running_var"}
+LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias"}
+LEAVES |= {"mean": "running_mean", "var": "running_var"}
+
+
+def backbone_names(backbone: dict[str, Any]) -> Wanted:
+    """Torchvision's names of {params, batch_stats} of the backbone."""
     deep = "stem_conv1" in backbone["params"]
     modules = {"stem_conv1": "conv1.0", "stem_bn1": "conv1.1"}
     modules |= {"stem_conv2": "conv1.3", "stem_bn2": "conv1.4"}
@@ -231,7 +248,7 @@ def _wanted(backbone: dict[str, Any]) -> dict[str, tuple[tuple[str, ...], Any]]:
         if path == ["conv1"]:
             path = [stem_conv]
         names = [modules.get(name, name).replace("_", ".") for name in path]
-        wanted[".".join([*names, leaves[kind]])] = (key, leaf)
+        wanted[".".join([*names, LEAVES[kind]])] = (key, leaf)
     return wanted
 
 
