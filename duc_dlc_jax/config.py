@@ -23,7 +23,7 @@ CHOICES = {
     "model.stem": ("plain", "deep"),
     "model.stride_on": ("3x3", "1x1"),
     "model.output_stride": (32, 16, 8),
-    "model.resize_grid": ("corners", "stride"),
+    "model.resize_grid": ("corners", "stride", "half_pixel"),
     "model.upsampling": (
         "duc",
         "none",
@@ -84,7 +84,7 @@ def default() -> ml_collections.ConfigDict:
     c.model.stem = "plain"  # plain: 7x7; deep: three 3x3 (64, 64, 128) [I]
     c.model.stride_on = "3x3"  # which convolution of a stage's first block strides: 3x3 or 1x1
     c.model.output_stride = 32  # 32, 16 or 8 [I]
-    c.model.resize_grid = "corners"  # corners (align_corners=True [C]) or stride [I]
+    c.model.resize_grid = "corners"  # corners (align_corners=True [C]), stride or half_pixel [I]
     c.model.upsampling = "duc"  # or what the paper compares it with: docs/network.md
     c.model.context = "dlc"  # likewise
     c.model.duc_width = 512  # channels of G~, I~, a, b and O [I]; of I~ and JPU elsewhere
@@ -111,8 +111,8 @@ def default() -> ml_collections.ConfigDict:
     c.model.bn_padding = "counted"  # padding of crops in the statistics: counted [C] or masked
 
     c.init = ml_collections.ConfigDict()
-    c.init.weights = ""  # backbone weights: .npz, .safetensors or .pth; empty = from scratch
-    c.init.source = ""  # what the file cannot say; see duc_dlc_jax/models/pretrained.py
+    c.init.weights = ""  # backbone: a name or a file, docs/conversion.md; empty = from scratch
+    c.init.source = ""  # what the file cannot say; docs/conversion.md
 
     c.loss = ml_collections.ConfigDict()
     c.loss.aux_weight = 0.2  # used with model.aux_head [C]

@@ -29,6 +29,7 @@ from duc_dlc_jax import describe, sharding
 from duc_dlc_jax.benchmark import model as speed
 from duc_dlc_jax.data.folders import Inspection
 from duc_dlc_jax.models import pretrained, segmenter
+from duc_dlc_jax.models.weights import TABLE
 from duc_dlc_jax.progress import clock
 from duc_dlc_jax.train_step import init_variables
 
@@ -105,7 +106,7 @@ def make(
       most_batch: images a step at most.
 
     Raises:
-      ConfigError: a given value outside its range; a file of weights that is not readable.
+      ConfigError: a given value outside its range; weights that cannot be had or read.
       FileNotFoundError: no such file of weights.
     """
     draft = _Draft(given)
@@ -142,17 +143,16 @@ class _Draft:
 def _network(draft: _Draft, machine: Machine) -> None:
     weights, model = draft.config.init.weights, draft.config.model
     if weights:
-        path = Path(weights).expanduser().resolve()
-        depth = pretrained.find_depth(path)
-        draft.put("init.weights", str(path), GIVEN)
-        draft.config.init.weights = str(path)
-        named = draft.config.init.source or pretrained.DEFAULT_SOURCE
-        if source := pretrained.SOURCES.get(named):
-            draft.put("init.source", named, "assumed: a file does not say where it is from")
-            for field in ("stem", "stride_on"):
-                if model[field] != getattr(source, field):
-                    draft.put(f"model.{field}", getattr(source, field), f"weights of {named}")
-        draft.put("model.depth", depth or model.depth, f"the weights in {path.name}")
+        if weights not in TABLE:
+            weights = str(Path(weights).expanduser().resolve())
+        layout, source = pretrained.inspect(weights, draft.config.init.source)
+        draft.put("init.weights", weights, GIVEN)
+        draft.config.init.weights = weights
+        draft.put("init.source", source, "assumed: a file does not say where it is from")
+        for field, value in pretrained.model_fields(layout, source).items():
+            if model[field] != value:
+                draft.put(f"model.{field}", value, f"weights of {source}")
+        draft.put("model.depth", layout.depth() or model.depth, f"the weights {Path(weights).name}")
         _check_weights(draft.config)
     elif machine.is_cpu:
         small = config_lib.load("configs/demo.py").model

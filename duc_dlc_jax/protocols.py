@@ -289,6 +289,8 @@ class Axis:
         cells = -(-extent // protocol.logit_stride)
         if protocol.grid == "corners":
             positions = np.stack(sides, 1) * (cells - 1) / max(extent - 1, 1)
+        elif protocol.grid == "half_pixel":
+            positions = np.clip((np.stack(sides, 1) + 0.5) * cells / extent - 0.5, 0, cells - 1)
         else:
             positions = np.minimum(np.stack(sides, 1) / protocol.logit_stride, cells - 1)
         absent = [(0, count - len(starts))]
@@ -302,4 +304,6 @@ def _moved(pixel: np.ndarray, size_in: int, size_out: int, grid: str) -> np.ndar
     """Pixels of an axis of size_in pixels -> their places on the same axis of size_out pixels."""
     if grid == "corners":
         return pixel * (size_out - 1) / max(size_in - 1, 1)
+    if grid == "half_pixel":
+        return np.clip((pixel + 0.5) * size_out / size_in - 0.5, 0, size_out - 1)
     return np.minimum(pixel * size_out / size_in, size_out - 1)

@@ -17,6 +17,7 @@ from duc_dlc_jax import checkpoints, sharding
 from duc_dlc_jax import config as config_lib
 from duc_dlc_jax.data.labels import LabelSpec
 from duc_dlc_jax.models import segmenter
+from duc_dlc_jax.train_step import TrainState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +35,35 @@ def write(workdir: Path, config: ml_collections.ConfigDict, spec: LabelSpec) -> 
     workdir.mkdir(parents=True, exist_ok=True)
     (workdir / "config.json").write_text(config_lib.to_json(config) + "\n")
     (workdir / "labels.json").write_text(spec.to_json() + "\n")
+
+
+def check_new(workdir: Path) -> None:
+    """Raises ConfigError where a run is already."""
+    for name in ("config.json", "checkpoints"):
+        if (workdir / name).exists():
+            raise config_lib.ConfigError(
+                f"{workdir} holds a run already ({workdir / name}); give another folder"
+            )
+
+
+def create(
+    workdir: Path,
+    config: ml_collections.ConfigDict,
+    spec: LabelSpec,
+    state: TrainState,
+    position: int = 0,
+) -> None:
+    """A workdir with one checkpoint, of `state`, as if training had written it.
+
+    position: training images consumed. config.json comes last: where it is, the rest is complete.
+    """
+    saved = checkpoints.Checkpoints(workdir)
+    try:
+        saved.save(state, position, config)
+        saved.wait()
+    finally:
+        saved.close()
+    write(workdir, config, spec)
 
 
 def changed_fields(workdir: Path, config: ml_collections.ConfigDict) -> dict[str, tuple]:

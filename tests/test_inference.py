@@ -34,6 +34,7 @@ def quick_programs(monkeypatch):
     [
         ("float64", "corners", 1e-10),
         ("float64", "stride", 1e-10),
+        ("float64", "half_pixel", 1e-10),
         ("float32", "corners", 1e-5),
         ("bfloat16", "corners", 0.0),  # each sum is rounded once, after float32
         ("bfloat16", "stride", 0.0),
@@ -67,7 +68,7 @@ def test_planted_fault_padding_without_masks():
     assert np.abs(padded[:, :8, :12] - expected).max() > 0.1
 
 
-@GRIDS
+@pytest.mark.parametrize("grid", ["corners", "stride", "half_pixel"])
 def test_padded_images_are_resized_from_and_to_their_valid_sizes(grid):
     """Cells of 1/8 to pixels, to the 1/4 grid and back to 1/32."""
     valid, size = np.array([[60, 93], [92, 33], [1, 8]], np.int32), (96, 96)

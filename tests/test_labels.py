@@ -14,6 +14,7 @@ CLASSES = {
     "pascal_context": 59,
     "pascal_context_60": 60,
     "scenes": 8,
+    "voc": 21,
 }
 
 

@@ -32,13 +32,16 @@ def sampled(x, size, position):
 @pytest.mark.parametrize(
     ("source", "size", "step"), [((2, 3), (7, 9), 0.25), ((8, 7), (4, 4), 2), ((5, 1), (9, 3), 0.5)]
 )
-@pytest.mark.parametrize("grid", ["corners", "stride"])
+@pytest.mark.parametrize("grid", ["corners", "stride", "half_pixel"])
 def test_resize_equals_its_formula(grid, source, size, step):
     x = np.random.default_rng(0).normal(size=source)
 
     def position(axis, index):
         if grid == "corners":  # ends on ends
             return index * (source[axis] - 1) / (size[axis] - 1)
+        if grid == "half_pixel":  # outer edges on outer edges
+            middle = (index + 0.5) * source[axis] / size[axis] - 0.5
+            return min(max(middle, 0), source[axis] - 1)
         return min(index * step, source[axis] - 1)
 
     with jax.enable_x64(True):

@@ -403,7 +403,7 @@ def test_no_buffer_of_a_new_state_appears_twice(bfloat16_run):
     assert not twice
 
 
-@pytest.mark.parametrize("grid", ["corners", "stride"])
+@pytest.mark.parametrize("grid", ["corners", "stride", "half_pixel"])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_the_loss_in_slabs_equals_that_of_all_logits(grid, smoothing, monkeypatch):
     """Value, accuracy and gradient, 37 rows in 5 slabs of 8; ignored pixels and rows."""

@@ -14,7 +14,7 @@ import pytest
 import safetensors.numpy
 
 from duc_dlc_jax import config as default_config
-from duc_dlc_jax.models import layers, pretrained, segmenter
+from duc_dlc_jax.models import layers, pretrained, segmenter, tensor_files
 from duc_dlc_jax.models.resnet import ResNet
 from networks import NARROW
 
@@ -78,7 +78,11 @@ def write(path, tensors):
         safetensors.numpy.save_file(tensors, path)
     else:
         torch = pytest.importorskip("torch", reason="writing a .pth needs torch; reading does not")
-        torch.save({name: torch.from_numpy(value) for name, value in tensors.items()}, path)
+        torch.save(
+            {name: torch.from_numpy(value) for name, value in tensors.items()},
+            path,
+            _use_new_zipfile_serialization=path.name != "old.pth",
+        )
     return path
 
 
@@ -103,10 +107,10 @@ def check(params, batch_stats, tensors, deep=False):
     assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(backbone))
 
 
-@pytest.mark.parametrize("suffix", [".npz", ".safetensors", ".pth"])
-def test_every_format_loads_the_same(tmp_path, suffix):
+@pytest.mark.parametrize("name", ["w.npz", "w.safetensors", "w.pth", "old.pth"])
+def test_every_format_loads_the_same(tmp_path, name):
     tensors, c = file_tensors(), model_config()
-    params, batch_stats, report = load(write(tmp_path / f"w{suffix}", tensors), c)
+    params, batch_stats, report = load(write(tmp_path / name, tensors), c)
     check(params, batch_stats, tensors)
     before = shapes(c)
     assert jax.tree.structure((params, batch_stats)) == jax.tree.structure(before)
@@ -214,7 +218,7 @@ def test_wrong_files(tmp_path):
     objects = tmp_path / "objects.npz"
     np.savez(objects, a=np.array([{}], object))
     with pytest.raises(ValueError, match="not a readable"):
-        pretrained.read_tensors(objects)
+        tensor_files.read_tensors(objects)
 
 
 # .pth
@@ -238,12 +242,67 @@ class _Call:
         return self.call
 
 
-@pytest.mark.parametrize("function", [os.system, eval, getattr, pathlib.Path, np.zeros])
+HOSTILE = pytest.mark.parametrize("function", [os.system, eval, getattr, pathlib.Path, np.zeros])
+
+
+@HOSTILE
 def test_hostile_pickle_runs_nothing(tmp_path, function, capfd):
     path = write_pickle(tmp_path / "w.pth", pickle.dumps({"a": _Call(function, "echo run")}))
     with pytest.raises(ValueError, match="nothing of it was run"):
-        pretrained.read_tensors(path)
+        tensor_files.read_tensors(path)
     assert capfd.readouterr().out == ""
+
+
+def stream(*, system=None, content=b"", keys=(), storages=b"", magic=tensor_files.MAGIC):
+    """A file as torch.save wrote it before PyTorch 1.6."""
+    system = {"little_endian": True} if system is None else system
+    pickles = [pickle.dumps(part, 2) for part in (magic, 1001, system)]
+    return b"".join([*pickles, content, pickle.dumps(list(keys), 2), storages])
+
+
+@HOSTILE
+@pytest.mark.parametrize("place", ["magic", "system", "content", "keys"])
+def test_hostile_pickles_before_the_zip_format_run_nothing(tmp_path, function, place, capfd):
+    call = _Call(function, "echo run")
+    content = pickle.dumps({"a": call} if place == "content" else {}, 2)
+    parts = {"magic": call} if place == "magic" else {"system": call} if place == "system" else {}
+    path = tmp_path / "w.pth"
+    path.write_bytes(stream(content=content, keys=[call] if place == "keys" else [], **parts))
+    with pytest.raises(ValueError, match="nothing of it was run"):
+        tensor_files.read_tensors(path)
+    assert capfd.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("count", "offset", "size", "stride", "given", "message"),
+    [
+        (6, 1, (2, 2), (3, 1), 6, None),
+        (6, 3, (2, 2), (3, 1), 6, "beyond its storage"),
+        (10**12, 0, (2,), (1,), 6, "larger than the file"),
+        (6, 0, (2,), (1,), 5, "has 24 of 24 bytes|has 20 of 24 bytes"),
+    ],
+)
+def test_tensors_before_the_zip_format(tmp_path, count, offset, size, stride, given, message):
+    for little in (True, False):
+        data = np.arange(given, dtype="<f4" if little else ">f4").tobytes()
+        storages = given.to_bytes(8, "little" if little else "big") + data
+        content = _pickled_tensor("FloatStorage", "0", count, offset, size, stride)
+        system = {"little_endian": little}
+        path = tmp_path / "w.pth"
+        path.write_bytes(stream(system=system, content=content, keys=["0"], storages=storages))
+        if message:
+            with pytest.raises(ValueError, match=message):
+                tensor_files.read_tensors(path)
+        else:
+            np.testing.assert_array_equal(tensor_files.read_tensors(path)["a"], [[1, 2], [4, 5]])
+
+
+def test_a_truncated_pth_is_refused(tmp_path):
+    for name in ("w.pth", "old.pth"):
+        path = write(tmp_path / name, file_tensors())
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+        with pytest.raises(ValueError, match="not a state dict"):
+            tensor_files.read_tensors(path)
 
 
 def _pickled_tensor(storage: str, key: str, count: int, offset: int, size, stride) -> bytes:
@@ -281,9 +340,9 @@ def test_pth_views_stay_within_their_storage(tmp_path, count, offset, size, stri
     path = write_pickle(tmp_path / "w.pth", content, [("0", data.tobytes())])
     if message:
         with pytest.raises(ValueError, match=message):
-            pretrained.read_tensors(path)
+            tensor_files.read_tensors(path)
     else:
-        np.testing.assert_array_equal(pretrained.read_tensors(path)["a"], [[1, 2], [4, 5]])
+        np.testing.assert_array_equal(tensor_files.read_tensors(path)["a"], [[1, 2], [4, 5]])
 
 
 def test_big_endian_pth(tmp_path):
@@ -291,7 +350,7 @@ def test_big_endian_pth(tmp_path):
     path = write_pickle(tmp_path / "w.pth", content, [("0", np.arange(3, dtype=">f4").tobytes())])
     with zipfile.ZipFile(path, "a") as archive:
         archive.writestr("w/byteorder", "big")
-    np.testing.assert_array_equal(pretrained.read_tensors(path)["a"], [0, 1, 2])
+    np.testing.assert_array_equal(tensor_files.read_tensors(path)["a"], [0, 1, 2])
 
 
 def test_pth_of_every_dtype_views_and_wrappers(tmp_path):
@@ -309,7 +368,7 @@ def test_pth_of_every_dtype_views_and_wrappers(tmp_path):
     }
     path = tmp_path / "w.pth"
     torch.save({"epoch": 3, "state_dict": state}, path)
-    read = pretrained.read_tensors(path)
+    read = tensor_files.read_tensors(path)
     assert set(read) == set(state)
     for name, value in state.items():
         expected = value.detach()
@@ -318,17 +377,17 @@ def test_pth_of_every_dtype_views_and_wrappers(tmp_path):
         np.testing.assert_array_equal(read[name].astype(expected.numpy().dtype), expected.numpy())
     module = torch.nn.Conv2d(3, 4, 1)
     torch.save(module.state_dict(), path)  # an OrderedDict with _metadata
-    assert set(pretrained.read_tensors(path)) == {"weight", "bias"}
+    assert set(tensor_files.read_tensors(path)) == {"weight", "bias"}
     torch.save(module, path)  # a pickled module needs its class
     with pytest.raises(ValueError, match="Conv2d, which is not a tensor"):
-        pretrained.read_tensors(path)
+        tensor_files.read_tensors(path)
 
 
 def test_legacy_pth_says_how_to_convert(tmp_path):
     path = tmp_path / "w.pth"
     path.write_bytes(pickle.dumps({"a": 1}, 2))
     with pytest.raises(ValueError, match=r"torch\.save\(torch\.load\("):
-        pretrained.read_tensors(path)
+        tensor_files.read_tensors(path)
 
 
 # the real weights

@@ -59,6 +59,8 @@ def places(size_in, size_out, grid):
     index = np.arange(size_out)
     if grid == "corners":
         return index * (size_in - 1) / (size_out - 1)
+    if grid == "half_pixel":
+        return np.clip((index + 0.5) * size_in / size_out - 0.5, 0, size_in - 1)
     return np.minimum(index * size_in / size_out, size_in - 1)
 
 
@@ -74,7 +76,9 @@ def softmax(x):
 # Averages
 
 
-@pytest.mark.parametrize(("grid", "inputs"), [("corners", ()), ("stride", ((96, 128),))])
+@pytest.mark.parametrize(
+    ("grid", "inputs"), [("corners", ()), ("stride", ((96, 128),)), ("half_pixel", ())]
+)
 def test_multi_scale_is_the_mean_of_the_softmax(grid, inputs):
     """Two images in one padded batch, in tiles, against each image by itself; inputs padded too."""
     scales = (0.5, 1.25)
@@ -97,6 +101,8 @@ def whole_image_scores(image, scale, grid):
 
     def cells(pixels, size):  # where they lie on the 1/8 grid
         last = -(-size // 8) - 1
+        if grid == "half_pixel":
+            return np.clip((pixels + 0.5) * (last + 1) / size - 0.5, 0, last)
         return pixels * last / (size - 1) if grid == "corners" else np.minimum(pixels / 8, last)
 
     def scores(x, columns):

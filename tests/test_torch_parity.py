@@ -7,7 +7,6 @@ Equal functions: relative 1e-10. Equal learning: 1e-9 after 20 SGD steps. The te
 from __future__ import annotations
 
 import functools
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +21,7 @@ from duc_dlc_jax.models.resnet import BLOCKS, ResNet
 from networks import NARROW, jit
 
 torch = pytest.importorskip("torch", reason="parity is with PyTorch: pip install torch")
+import references  # noqa: E402
 import torch_twin as twins  # noqa: E402
 
 FORWARD = 1e-10  # relative to the largest value
@@ -89,30 +89,11 @@ def forward_difference(c, height, width) -> float:
 # the backbone against torchvision
 
 
-def torchvision_resnet():
-    """torchvision.models.resnet; a build without its C++ operators needs two of them declared."""
-    try:
-        from torchvision.models import resnet
-    except ImportError:
-        pytest.skip("torchvision is not installed: pip install torchvision")
-    except RuntimeError as error:
-        if "torchvision::" not in str(error):
-            raise
-        for name in [name for name in sys.modules if name.startswith("torchvision")]:
-            del sys.modules[name]
-        library = torch.library.Library("torchvision", "DEF")
-        for operator in ("nms", "qnms"):
-            library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        torchvision_resnet.library = library  # its life is the operators' life
-        from torchvision.models import resnet
-    return resnet
-
-
 @pytest.mark.parametrize(
     "depth", [50, *(pytest.param(d, marks=pytest.mark.parity) for d in (101, 152, 269))]
 )
 def test_backbone_equals_torchvision(depth):
-    resnet = torchvision_resnet()
+    resnet = references.imported("torchvision.models.resnet")
     batch = images(1, 33, 40)
     state = None
     for stride, dilate in (32, (0, 0, 0)), (16, (0, 0, 1)), (8, (0, 1, 1)):
@@ -156,6 +137,7 @@ def test_backbone_equals_torchvision(depth):
         ((62, 41), {"resize_grid": "stride", "output_stride": 16, "commute_coefficients": False}),
         ((47, 66), {"resize_grid": "corners", "output_stride": 8, "commute_coefficients": False}),
         ((50, 63), {"resize_grid": "stride", "output_stride": 8}),
+        ((61, 43), {"resize_grid": "half_pixel", "output_stride": 16}),
         ((70, 45), {"resize_grid": "corners", "guidance_kernel": 5, "stride_on": "1x1"}),
         ((53, 66), {"resize_grid": "corners", "guidance_stride": 2, "commute_coefficients": False}),
         (

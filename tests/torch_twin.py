@@ -36,6 +36,8 @@ def resize(x, size, grid, ratio):
     """Bilinear to `size`; ratio: source cells per destination cell, used by grid="stride"."""
     if grid == "corners":
         return F.interpolate(x, tuple(size), mode="bilinear", align_corners=True)
+    if grid == "half_pixel":
+        return F.interpolate(x, tuple(size), mode="bilinear", align_corners=False)
     for axis, length in zip((2, 3), size, strict=True):
         last = x.shape[axis] - 1
         position = (torch.arange(length, dtype=x.dtype) * ratio).clamp(max=last)

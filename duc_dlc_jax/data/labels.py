@@ -19,6 +19,7 @@ import numpy as np
 
 from duc_dlc_jax.config import ConfigError
 
+WITHOUT_BUILDER = ("voc",)  # the classes of imported models; their data are prepared from folders
 IGNORE = 255  # the train id that neither the loss nor the metric counts
 SOURCE_IDS = 459  # categories of PASCAL-Context's .mat files, from 1 on
 
@@ -187,9 +188,24 @@ def label_spec(name: str, masks: str = "ids") -> LabelSpec:
     )
 
 
+def named_or_read(name: str) -> LabelSpec:
+    """Returns the specification of a known name, or that of a file labels.json.
+
+    Raises:
+      ConfigError: neither.
+    """
+    path = pathlib.Path(name)
+    if not path.is_file():
+        return label_spec(name)
+    try:
+        return LabelSpec.from_json(path.read_text())
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"{path} is no labels.json of a workdir: {error!r}") from error
+
+
 def is_known(name: str) -> bool:
-    """Whether `label_spec` has a specification of this name."""
-    return name in _table() or name == "pascal_context"
+    """Whether there is a builder of this name, which own folders may therefore not have."""
+    return (name in _table() or name == "pascal_context") and name not in WITHOUT_BUILDER
 
 
 def voc_colour(index: int) -> tuple[int, int, int]:

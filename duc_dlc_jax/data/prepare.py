@@ -19,11 +19,23 @@ from collections.abc import Iterable, Iterator, Mapping
 from absl import app, flags, logging
 
 from duc_dlc_jax import cli
+from duc_dlc_jax.config import ConfigError
 from duc_dlc_jax.data import builders, folders
 from duc_dlc_jax.data.builders import files, sources
 from duc_dlc_jax.data.builders.sources import Item, Listing
-from duc_dlc_jax.data.labels import IGNORE, DataError, LabelSpec, label_spec
+from duc_dlc_jax.data.labels import IGNORE, DataError, LabelSpec, is_known, label_spec
 from duc_dlc_jax.data.records import is_prepared, read_spec, summary
+
+
+def _source(name: str) -> sources.Source:
+    """Raises ConfigError for an unknown data set and for one that has no builder."""
+    label_spec(name)
+    if not is_known(name):
+        raise ConfigError(
+            f"{name} has no layout of its own: prepare its folders with --dataset={name} "
+            "--images=DIR --labels=DIR --classes=FILE"
+        )
+    return sources.SOURCES[name]
 
 
 @contextlib.contextmanager
@@ -34,8 +46,7 @@ def listed(name: str, raw_dir: str | None) -> Iterator[tuple[Listing, LabelSpec]
       ConfigError: unknown data set.
       DataError: missing, partial or contradictory input.
     """
-    label_spec(name)
-    source = sources.SOURCES[name]
+    source = _source(name)
     if name == "scenes":
         yield source.list_splits({}), label_spec(name)
         return
@@ -72,7 +83,7 @@ def prepare(
       ConfigError: unknown data set.
       DataError: missing, partial or contradictory input, or a difference under `strict`.
     """
-    source = sources.SOURCES[label_spec(name).name]
+    source = _source(name)
     folder = builders.prepared_dir(data_dir, name)
     if is_prepared(folder):
         print(f"{name} is already prepared in {folder}; delete that folder to prepare it again")

@@ -310,11 +310,15 @@ def interpolation_matrix(size_in: int, size_out: int, grid: str, step: float) ->
 
     grid: "corners" maps the end cells onto each other (align_corners=True); "stride" puts output
     cell i at input position i * step, clamped to the last cell, which is where strided convolutions
-    with symmetric padding really sample. step: output stride over input stride.
+    with symmetric padding really sample; "half_pixel" maps the outer edges of the end cells onto
+    each other (align_corners=False). step: output stride over input stride, for "stride" alone.
     """
     index = np.arange(size_out)
     if grid == "corners":
         position = index * (size_in - 1) / max(size_out - 1, 1)
+    elif grid == "half_pixel":
+        position = ((2 * index + 1) * size_in - size_out) / (2 * size_out)
+        position = np.clip(position, 0, size_in - 1)
     else:
         position = np.minimum(index * step, size_in - 1)
     low = np.floor(position).astype(int)
@@ -410,6 +414,10 @@ def interpolation_positions(
     if grid == "corners":  # whole numbers: exact
         divisor = jnp.maximum(size_out[:, None] - 1, 1)
         low, fraction = index * last // divisor, (index * last % divisor) / divisor
+    elif grid == "half_pixel":  # likewise
+        divisor = 2 * jnp.maximum(size_out[:, None], 1)
+        position = jnp.maximum((2 * index + 1) * size_in[:, None] - divisor // 2, 0)
+        low, fraction = position // divisor, (position % divisor) / divisor
     else:  # step is a power of 2: exact
         position = index * step
         low = jnp.floor(position).astype(jnp.int32)
