@@ -243,7 +243,7 @@ def test_the_matrix_tells_its_cells(page, scores):
 def test_curves_are_drawn_and_read(page):
     assert texts(page, "#curves figcaption strong") == [
         "Training loss",
-        "Evaluation while training",
+        "Evaluation",
     ]
     script = """
         const chart = document.querySelectorAll("#curves svg")[1];

@@ -188,7 +188,7 @@ def test_evaluate_command_by_several_protocols(trained, tmp_path):
     assert result.stdout.count("compiled: 1 programs with the network") == 2
     row = ["sliding", *(f"{figures[name]:.4f}" for name in evaluate.HEADLINE)]
     row += [f"{figures['boundary'][name]:.4f}" for name in ("mean_iou", "mean_f")]
-    assert result.stdout.splitlines()[-1].split() == row
+    assert result.stdout.splitlines()[-2].split() == row
     assert np.sum(figures["confusion_matrix"]) == trained[1]["matrix"].sum()
     assert figures["pixels"]["sky"] == np.sum(figures["confusion_matrix"], 1)[0]
     assert None not in figures["iou"].values()

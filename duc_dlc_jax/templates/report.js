@@ -276,7 +276,7 @@ function drawCurves() {
     .map((name, i) => ({ name: name.split("/")[1], colour: colours[i], points: curves[name] }));
   const colours = ["var(--accent)", "var(--accent-2)"];
   chart(byId("curves"), "Training loss", series(["train/loss"], colours), { low: 0 });
-  chart(byId("curves"), "Evaluation while training", series(["val/mIoU", "val/PA"], colours), { low: 0, high: 1 });
+  chart(byId("curves"), "Evaluation", series(["val/mIoU", "val/PA"], colours), { low: 0, high: 1 });
   chart(byId("curves"), "Learning rate", series(["train/learning_rate"], colours), { low: 0 });
 }
 
