@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import numpy as np
 from absl import flags, logging
 from jax.experimental import multihost_utils
 
-from duc_dlc_jax import boundaries, cli, metrics, pictures, progress, protocols, workdirs
+from duc_dlc_jax import boundaries, cli, metrics, pictures, progress, protocols, report, workdirs
 from duc_dlc_jax.data import pipeline
 from duc_dlc_jax.data.labels import LabelSpec
 from duc_dlc_jax.data.records import Records, open_records
@@ -47,12 +47,13 @@ class Evaluator:
         examples: Iterable[dict[str, Any]],
         keep: int = 0,
         absent: str = "skip",
+        each: Callable[[dict[str, Any]], None] | None = None,
     ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """variables: replicated over the global mesh. examples: this process's share.
 
         Returns the scores of `metrics.scores` with `matrix` (int64 [K, K], all processes),
         `images`, `protocol` (a sentence) and, if asked for, `boundary`, and the first `keep`
-        examples of this process with their `prediction`.
+        examples of this process with their `prediction`. each: called with every such example.
         """
         classes = len(self._spec.classes)
         total, count, kept = np.zeros((classes, classes), np.int64), 0, []
@@ -63,6 +64,8 @@ class Evaluator:
             for example in batch:
                 if self._boundary:
                     edges += boundaries.counts(example["label"], example["prediction"], classes)
+                if each:
+                    each(example)
                 if len(kept) < keep:
                     kept.append(example)
         total, edges, images = (sum_over_processes(x) for x in (total, edges, np.array([count])))
@@ -176,35 +179,72 @@ def compared(results: dict[str, dict[str, Any]]) -> str:
 def main(_) -> None:
     args = flags.FLAGS
     run, records = open_run(args)
-    names = args.protocol or ["config.eval"]
     evaluators = {}
-    for name in names:
+    for name in args.protocol or ["config.eval"]:
         config = protocols.select(run.config, name if args.protocol else "", args.set)
         chosen = protocols.Protocol.from_config(config).planned(records.sizes())
         batch = config.eval.batch_size
         evaluators[name] = Evaluator(run.model, run.spec, batch, chosen, args.boundary)
     print(f"checkpoint of step {run.step} in {args.workdir}")
-    results = {}
+    results, images = {}, report.ImageScores(len(records), run.spec.num_classes)
     for name, evaluator in evaluators.items():
-        examples = pipeline.eval_examples(records, jax.process_index(), jax.process_count())
-        share = range(jax.process_index(), len(records), jax.process_count())
-        examples = progress.shown(examples, len(share), "image", quiet=jax.process_index() > 0)
-        keep = 0 if results else args.pictures
-        results[name], kept = evaluator.run(run.variables, examples, keep, args.absent)
-        if len(names) > 1:
+        first = not results
+        results[name], kept = evaluator.run(
+            run.variables,
+            _shown_examples(records),
+            args.pictures if first else 0,
+            args.absent,
+            images.add if first and args.report else None,
+        )
+        if len(evaluators) > 1:
             print(f"\n{name}")
         print(table(results[name], run.spec))
-        print("compiled: {network} programs with the network, {other} small".format(
-            **evaluator.programs()
-        ), flush=True)  # fmt: skip
+        programs = evaluator.programs()
+        print("compiled: {network} programs with the network, {other} small".format(**programs))
         if kept:
             folder = Path(args.workdir) / "pictures" / f"evaluate-{run.step}"
             pictures.write_triples(folder, kept, run.spec)
             logging.info("pictures in %s", folder)
-    if len(names) > 1:
+    if len(evaluators) > 1:
         print(f"\n{compared(results)}")
     if args.json and jax.process_index() == 0:
         write_json(Path(args.json), run, results)
+    if args.report:
+        write_report(args, run, records, next(iter(evaluators.values())), results, images)
+
+
+def _shown_examples(records: Records) -> Iterator[dict[str, Any]]:
+    """This process's examples, with their number as `record`; shows how many are done."""
+    first, step = jax.process_index(), jax.process_count()
+    examples = pipeline.eval_examples(records, first, step)
+    numbers = range(first, len(records), step)
+    examples = progress.shown(examples, len(numbers), "image", quiet=first > 0)
+    for number, example in zip(numbers, examples, strict=True):
+        yield example | {"record": number}
+
+
+def write_report(args, run, records, evaluator, results, images: report.ImageScores) -> None:
+    """The page of `--report`; process 0 labels its images once more."""
+    mious = sum_over_processes(images.values) / report.UNIT - 1
+    mious[mious < 0] = np.nan
+    if jax.process_index() > 0:
+        return
+    chosen = report.choose(mious, args.report_images)
+    groups = {record: group for group, members in chosen.items() for record in members}
+    examples = (records[record] | {"record": record} for record in groups)
+    labelled = {e["record"]: e for e in evaluator.predictions(run.variables, examples)}
+    split, classes = args.split or run.config.data.eval_split, run.spec.num_classes
+    shown = [report.picture(labelled[r], group, classes) for r, group in groups.items()]
+    data = report.page_data(
+        f"{run.spec.name}, {split}",
+        f"Evaluation of step {run.step} in {Path(args.workdir).name}, {len(records):,} images",
+        run.spec,
+        results,
+        report.curves(Path(args.workdir) / "metrics.jsonl"),
+        mious,
+        shown,
+    )
+    print(f"report: {report.write(Path(args.report), data)}")
 
 
 def write_json(path: Path, run: workdirs.Run, results: dict[str, dict[str, Any]]) -> None:
@@ -224,4 +264,6 @@ if __name__ == "__main__":
     flags.DEFINE_bool("boundary", False, "Also boundary IoU and boundary F-score.")
     flags.DEFINE_string("json", "", "Also write the figures to this file.")
     flags.DEFINE_integer("pictures", 0, "Write this many images, labels and predictions.")
+    flags.DEFINE_string("report", "", "Also write a page with figures and images to this folder.")
+    flags.DEFINE_integer("report_images", 3, "Of the best, median and worst each.", lower_bound=0)
     cli.run(main)

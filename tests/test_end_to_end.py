@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 
@@ -171,12 +172,13 @@ def test_evaluate_command_by_several_protocols(trained, tmp_path):
     ]
     command = [sys.executable, "-m", "duc_dlc_jax.evaluate", f"--workdir={trained[0]}"]
     command += [*arguments, "--absent=zero", f"--json={tmp_path / 'scores.json'}"]
-    result = run(command)
+    result = run([*command, f"--report={tmp_path / 'report'}", "--report_images=2"])
     written = json.loads((tmp_path / "scores.json").read_text())
     assert list(written) == ["step", "protocols"]
     single, figures = (written["protocols"][name] for name in ("single", "sliding"))
     assert single["mIoU"] == pytest.approx(trained[1]["mIoU"], abs=1e-5)
     assert single["confusion_matrix"] != figures["confusion_matrix"]
+    assert_reports(tmp_path / "report" / "index.html", written, trained[0])
     assert figures["protocol"] == (
         "single scale, windows of 128 pixels at stride 96, overlaps averaged by count, mean of the "
         "softmax, logits resized to the label; absent classes count as 0"
@@ -186,11 +188,31 @@ def test_evaluate_command_by_several_protocols(trained, tmp_path):
     assert result.stdout.count("compiled: 1 programs with the network") == 2
     row = ["sliding", *(f"{figures[name]:.4f}" for name in evaluate.HEADLINE)]
     row += [f"{figures['boundary'][name]:.4f}" for name in ("mean_iou", "mean_f")]
-    assert result.stdout.splitlines()[-1].split() == row
+    assert result.stdout.splitlines()[-2].split() == row
     assert np.sum(figures["confusion_matrix"]) == trained[1]["matrix"].sum()
     assert figures["pixels"]["sky"] == np.sum(figures["confusion_matrix"], 1)[0]
     assert None not in figures["iou"].values()
     assert 0 < figures["boundary"]["mean_iou"] < figures["mIoU"]
+
+
+def assert_reports(page, written, workdir):
+    """The page shows the figures, curves and images of the run."""
+    (embedded,) = re.findall(r'id="data">(.*?)</script>', page.read_text())
+    data = json.loads(embedded)
+    for shown, (name, figures) in zip(data["protocols"], written["protocols"].items(), strict=True):
+        assert shown["name"] == name
+        assert shown["sentence"].startswith(figures["protocol"])
+        assert shown["figures"]["mIoU"] == figures["mIoU"]
+    assert data["matrix"] == written["protocols"]["single"]["confusion_matrix"]
+    assert data["curves"]["val/mIoU"][-1][0] == 6
+    assert len(data["per_image"]) == 40
+    mious = {group: [] for group in ("best", "median", "worst")}
+    for example in data["examples"]:
+        mious[example["group"]].append(example["miou"])
+    assert sorted(mious["best"] + mious["worst"], reverse=True) == pytest.approx(
+        sorted(data["per_image"], reverse=True)[:2] + sorted(data["per_image"])[1::-1], abs=1e-4
+    )
+    assert [len(group) for group in mious.values()] == [2, 2, 2]
 
 
 def test_submit_command_names_the_data_sets_it_knows(trained, tmp_path):

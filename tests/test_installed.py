@@ -43,7 +43,8 @@ def test_every_command_works_in_an_empty_folder(site, scenes_dir, tmp_path, monk
     prepared = module("data.prepare", "--dataset=scenes", f"--data_dir={scenes_dir}")
     assert "already prepared" in prepared
     run(command(scenes_dir, "run"), **env)
-    module("evaluate", "--workdir=run", "--json=scores.json")
+    module("evaluate", "--workdir=run", "--json=scores.json", "--report=page")
+    assert "<title>scenes, val</title>" in Path("page/index.html").read_text()
     assert json.loads(Path("scores.json").read_text())["step"] == 6
     Image.new("RGB", (64, 48)).save("black.png")
     module("predict", "--model=run", "--input=black.png", "--output=out")
