@@ -7,6 +7,7 @@ Fields marked [I] are inferences about the paper rather than its own words (see 
 from __future__ import annotations
 
 import difflib
+import functools
 import json
 import re
 import runpy
@@ -179,9 +180,14 @@ def fields(config: ml_collections.ConfigDict, prefix: str = "") -> Iterator[tupl
             yield prefix + name, value
 
 
+@functools.cache
+def _names() -> tuple[str, ...]:
+    return tuple(name for name, _ in fields(default()))
+
+
 def check_field_name(path: str) -> None:
     """Raises ConfigError with the nearest valid name unless `path` ("train.epochs") is a field."""
-    names = [name for name, _ in fields(default())]
+    names = _names()
     if path not in names:
         near = difflib.get_close_matches(path, names, n=1, cutoff=0.0)[0]
         raise ConfigError(f"unknown configuration field {path}; the nearest one is {near}")

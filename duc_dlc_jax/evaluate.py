@@ -37,9 +37,9 @@ class Evaluator:
         protocol: protocols.Protocol | None = None,
         boundary: bool = False,
     ):
-        self._predictor = Predictor(model, protocol, batch_per_device)
+        self.predictor = Predictor(model, protocol, batch_per_device)
         self._spec, self._boundary = spec, boundary
-        self.protocol, self.programs = self._predictor.protocol, self._predictor.programs
+        self.protocol, self.programs = self.predictor.protocol, self.predictor.programs
 
     def run(
         self,
@@ -48,21 +48,26 @@ class Evaluator:
         keep: int = 0,
         absent: str = "skip",
         each: Callable[[dict[str, Any]], None] | None = None,
+        boundary: bool | None = None,
     ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        """variables: replicated over the global mesh. examples: this process's share.
+        """variables: replicated over the global mesh. examples: this process's share. boundary: in
+        place of the one that the evaluator was made with.
 
         Returns the scores of `metrics.scores` with `matrix` (int64 [K, K], all processes),
         `images`, `protocol` (a sentence) and, if asked for, `boundary`, and the first `keep`
         examples of this process with their `prediction`. each: called with every such example.
         """
-        classes = len(self._spec.classes)
+        classes, boundary = (
+            len(self._spec.classes),
+            self._boundary if boundary is None else boundary,
+        )
         total, count, kept = np.zeros((classes, classes), np.int64), 0, []
         edges = np.zeros((classes, boundaries.COUNTS), np.int64)
-        for batch, matrix in self._predictor.batches(variables, examples):
+        for batch, matrix in self.predictor.batches(variables, examples):
             total += np.asarray(matrix, np.int64)
             count += len(batch)
             for example in batch:
-                if self._boundary:
+                if boundary:
                     edges += boundaries.counts(example["label"], example["prediction"], classes)
                 if each:
                     each(example)
@@ -72,7 +77,7 @@ class Evaluator:
         scores = metrics.scores(total, absent)
         scores |= {"matrix": total, "images": int(images[0])}
         scores["protocol"] = self.protocol.sentence() + metrics.ABSENT[absent]
-        if self._boundary:
+        if boundary:
             scores["boundary"] = boundaries.scores(edges)
         return scores, kept
 
@@ -80,7 +85,7 @@ class Evaluator:
         self, variables: dict[str, Any], examples: Iterable[dict[str, Any]]
     ) -> Iterator[dict[str, Any]]:
         """The examples with their `prediction`, train ids uint8 [H, W]; in another order."""
-        for batch, _ in self._predictor.batches(variables, examples):
+        for batch, _ in self.predictor.batches(variables, examples):
             yield from batch
 
 

@@ -161,7 +161,8 @@ def test_each_configuration_loads_and_says_how_it_runs(path):
     config_lib.validate(config)
     text = path.read_text()
     docstring = ast.get_docstring(ast.parse(text))
-    command = f"Command   python -m duc_dlc_jax.main --config=configs/{path.name} --workdir="
+    module = "ablate" if "get_variants" in text else "main"
+    command = f"Command   python -m duc_dlc_jax.{module} --config=configs/{path.name} --workdir="
     assert command in docstring
     assert re.search(r"^Hardware  \S", docstring, re.MULTILINE)
     parent = re.search(r'base\.load\("(.+?)"\)', text)

@@ -210,7 +210,7 @@ def test_matrices_of_the_images_are_summed_in_int64(monkeypatch):
     one = np.full((spec.num_classes, spec.num_classes), most, np.int32)
     predictions = np.zeros((1, 2, 2), np.uint8)
     labelled = lambda variables, batch: (one, predictions)  # noqa: E731
-    monkeypatch.setattr(evaluator._predictor, "_label", labelled)
+    monkeypatch.setattr(evaluator.predictor, "_label", labelled)
     monkeypatch.setattr(sharding, "local_copy", lambda variables, mesh: variables)
     image = {"image": np.zeros((2, 2, 3), np.uint8), "label": np.zeros((2, 2), np.uint8)}
     scores, _ = evaluator.run({}, [image] * 3)

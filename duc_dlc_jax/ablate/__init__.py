@@ -1,0 +1,7 @@
+"""`python -m duc_dlc_jax.ablate`: variants of the network trained alike, side by side.
+
+grid      which variants a configuration file names, and the order of their runs
+runner    one run: training, evaluation, costs
+results   a file per run, written when it ends; what is done and what is not
+report    tables, paired differences and plots from these files
+"""

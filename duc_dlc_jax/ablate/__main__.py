@@ -1,0 +1,108 @@
+"""`python -m duc_dlc_jax.ablate --config=configs/ablation_camvid.py --workdir=DIR`.
+
+Trains every variant that the configuration's `get_variants` names, each with its seeds, in order,
+and writes `DIR/runs/NAME-seedN.json` when one ends; the same command goes on where it stopped.
+`--report` makes the tables and plots from these files.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+from ml_collections import config_flags
+
+from duc_dlc_jax import cli
+from duc_dlc_jax.ablate import grid
+from duc_dlc_jax.ablate.results import Results
+from duc_dlc_jax.config import ConfigError
+from duc_dlc_jax.progress import clock
+
+
+def listed(runs: list[grid.Run], results: Results) -> str:
+    """A line per run: its name, what it changes, and its score or that it is to do."""
+    lines = []
+    for run in runs:
+        done, failure = results.done(run), results.failure(run)
+        state = f"mIoU {done['val']['mIoU']:.4f}" if done else f"failed, {failure}" * bool(failure)
+        changes = " ".join(f"{name}={value}" for name, value in run.variant.changes.items())
+        lines.append(f"{run.name:<28}{state or 'to do':<14}{changes}")
+    return "\n".join(lines)
+
+
+def train_all(config, runs: list[grid.Run], results: Results, limit: float, weights: bool) -> int:
+    """Trains what is not done, as long as a run is likely to end within `limit` seconds.
+
+    Returns the number of runs that are left. A run that fails is noted, and the next one starts.
+    """
+    from duc_dlc_jax.ablate import runner  # late: --list and --report need no accelerator
+
+    start, longest = time.monotonic(), {}
+    todo = [run for run in runs if results.done(run) is None]
+    data: Any = None
+    trainer: Any = None
+    current = ""
+    for number, run in enumerate(todo):
+        name, spent = run.variant.name, time.monotonic() - start
+        expected = longest.get(name, max(longest.values(), default=0.0))
+        if spent + expected > limit:
+            print(f"stopping after {clock(spent)}: {run.name} would take {clock(expected)}")
+            return len(todo) - number
+        print(f"{run.name}: run {number + 1} of {len(todo)}", flush=True)
+        own, begin = run.variant.config(config, run.seed), time.monotonic()
+        try:
+            data = data or runner.Data(own.data)
+            if name != current:
+                trainer, current = None, ""  # frees the last one's memory
+                trainer, current = runner.Trainer(own, data), name
+            path = results.folder.parent / "weights" / f"{run.name}.npz" if weights else None
+            result = trainer.run(own, path)
+        except (RuntimeError, FloatingPointError) as error:  # XLA's errors are RuntimeErrors
+            results.write_failure(run, error)
+            print(f"{run.name} failed: {results.failure(run)}", flush=True)
+            continue
+        result = {"variant": name, "note": run.variant.note, **result}
+        results.write(run, result | {"changes": dict(run.variant.changes)})
+        longest[name] = time.monotonic() - begin
+        val = result["val"]
+        print(
+            f"{run.name}: mIoU {val['mIoU']:.4f}  PA {val['PA']:.4f}  boundary IoU "
+            f"{val['boundary']['mean_iou']:.4f}  in {clock(longest[name])}",
+            flush=True,
+        )
+    return sum(results.done(run) is None for run in todo)
+
+
+def main(_) -> None:
+    args = flags.FLAGS
+    results = Results(args.workdir)
+    try:
+        seeds = [int(seed) for seed in args.seeds] or None
+    except ValueError as error:
+        raise ConfigError(f"--seeds={','.join(args.seeds)}; allowed: 0,1,2") from error
+    path = config_flags.get_config_filename(args["config"])
+    runs = grid.runs(grid.variants(path), args.only, seeds)
+    for run in runs:  # before anything is compiled
+        results.check(run, run.variant.config(args.config, run.seed))
+    if args.list:
+        print(listed(runs, results))
+        return
+    cli.use_compilation_cache(Path(args.workdir))
+    limit = args.stop_after_s or args.max_hours * 3600 or float("inf")
+    left = train_all(args.config, runs, results, limit, args.weights)
+    print(f"{len(runs) - left} of {len(runs)} runs are done; the same command goes on")
+
+
+if __name__ == "__main__":
+    config_flags.DEFINE_config_file("config", None, "Configuration with get_variants().")
+    flags.DEFINE_string("workdir", None, "Where the runs' files go.", required=True)
+    flags.DEFINE_string("only", "", "Patterns of variants, as in duc*,fcn; default: all.")
+    flags.DEFINE_list("seeds", [], "As in 0,1,2; default: as many as each variant says.")
+    flags.DEFINE_bool("list", False, "Print the runs and what is done, and end.")
+    flags.DEFINE_bool("weights", False, "Also keep each run's final network, weights/NAME.npz.")
+    flags.DEFINE_float("max_hours", 0.0, "Start no run that would end later; 0 = no limit.")
+    flags.DEFINE_float("stop_after_s", 0.0, "The same in seconds.")
+    flags.mark_flags_as_required(["config"])
+    cli.run(main)

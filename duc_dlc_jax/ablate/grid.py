@@ -1,0 +1,94 @@
+"""Which runs a grid has: variants of one configuration, each with its seeds, in a stated order."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import runpy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import ml_collections
+
+from duc_dlc_jax import config as config_lib
+from duc_dlc_jax.config import ConfigError
+
+Changes = Mapping[str, Any]  # field of the configuration -> value
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """A name, what it changes in the configuration, and how many seeds it wants, from 0 on."""
+
+    name: str
+    changes: Changes
+    seeds: int = 3
+    note: str = ""
+
+    def config(self, base: ml_collections.ConfigDict, seed: int) -> ml_collections.ConfigDict:
+        """The configuration of one run; raises ConfigError where it cannot run."""
+        config = base.copy_and_resolve_references()
+        for field in self.changes:
+            config_lib.check_field_name(field)
+        config.update_from_flattened_dict(dict(self.changes) | {"seed": seed})
+        config_lib.validate(config)
+        return config
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One training of a variant."""
+
+    variant: Variant
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.variant.name}-seed{self.seed}"
+
+
+def parts(upsampling: str, context: str, **model: Any) -> dict[str, Any]:
+    """Changes of `config.model`: parts("duc", "none", output_stride=16)."""
+    model = {"upsampling": upsampling, "context": context} | model
+    return {f"model.{name}": value for name, value in model.items()}
+
+
+def variants(path: str) -> list[Variant]:
+    """What `get_variants` of a configuration file returns, in the order in which they run.
+
+    Raises ConfigError where the file has none, or two of one name.
+    """
+    path = config_lib.find(path)
+    found = runpy.run_path(path).get("get_variants")
+    if found is None:
+        raise ConfigError(
+            f"{path} has no get_variants(), the list of ablate.grid.Variant to train; see "
+            "configs/ablation_camvid.py"
+        )
+    listed = list(found())
+    names = [variant.name for variant in listed]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ConfigError(f"{path}: several variants are called {', '.join(twice)}")
+    return listed
+
+
+def runs(
+    listed: Sequence[Variant], only: str = "", seeds: Sequence[int] | None = None
+) -> list[Run]:
+    """The runs in order: variant by variant, so that the seeds of one share its program.
+
+    only: patterns of names, "duc*,fcn"; seeds: in place of each variant's own.
+    Raises ConfigError for a pattern that no variant has.
+    """
+    patterns = [pattern for pattern in only.split(",") if pattern]
+    for pattern in patterns:
+        if not any(fnmatch.fnmatchcase(variant.name, pattern) for variant in listed):
+            names = ", ".join(variant.name for variant in listed)
+            raise ConfigError(f"--only={pattern} names no variant; there are {names}")
+    return [
+        Run(variant, seed)
+        for variant in listed
+        if not patterns or any(fnmatch.fnmatchcase(variant.name, p) for p in patterns)
+        for seed in (range(variant.seeds) if seeds is None else seeds)
+    ]

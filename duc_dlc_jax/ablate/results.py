@@ -1,0 +1,78 @@
+"""A JSON file per run, there as a whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+
+from duc_dlc_jax import config as config_lib
+from duc_dlc_jax.ablate.grid import Run
+from duc_dlc_jax.config import ConfigError
+
+# Where the data lie and how they are fed: not part of what a run is.
+CIRCUMSTANCES = ("data.dir", "data.workers", "data.threads", "data.prefetch", "data.in_memory")
+CIRCUMSTANCES += ("init.weights",)
+
+
+class Results:
+    """The files of a workdir: `runs/NAME.json` of ended runs, `runs/NAME.failed` of failed ones."""
+
+    def __init__(self, workdir: str | Path):
+        self.folder = Path(workdir) / "runs"
+
+    def path(self, run: Run) -> Path:
+        return self.folder / f"{run.name}.json"
+
+    def done(self, run: Run) -> dict[str, Any] | None:
+        """What the run wrote when it ended."""
+        path = self.path(run)
+        return json.loads(path.read_text()) if path.exists() else None
+
+    def failure(self, run: Run) -> str:
+        """Why the run failed; empty if it did not."""
+        path = self.path(run).with_suffix(".failed")
+        return path.read_text().strip() if path.exists() and not self.path(run).exists() else ""
+
+    def write(self, run: Run, result: dict[str, Any]) -> None:
+        self._put(self.path(run), json.dumps(result, indent=1) + "\n")
+        self.path(run).with_suffix(".failed").unlink(missing_ok=True)
+
+    def write_failure(self, run: Run, error: Exception) -> None:
+        text = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        self._put(self.path(run).with_suffix(".failed"), text + "\n")
+
+    def all(self) -> list[dict[str, Any]]:
+        """Every ended run in the folder."""
+        return [json.loads(path.read_text()) for path in sorted(self.folder.glob("*.json"))]
+
+    def check(self, run: Run, config: ml_collections.ConfigDict) -> None:
+        """Raises ConfigError where an ended run had another configuration than it would have now.
+
+        Rows of one table have one budget: seeds of two recipes do not mix.
+        """
+        old = self.done(run)
+        if old is None:
+            return
+        then = dict(config_lib.fields(config_lib.from_json(json.dumps(old["config"]))))
+        now = dict(config_lib.fields(config))
+        differ = [n for n in now if then[n] != now[n] and n not in CIRCUMSTANCES]
+        if differ:
+            changed = ", ".join(f"{n}={then[n]!r} (now {now[n]!r})" for n in differ)
+            raise ConfigError(
+                f"{self.path(run)} was run with {changed}; set it so again, remove the file, or "
+                "use another --workdir"
+            )
+
+    def _put(self, path: Path, text: str) -> None:
+        """Renamed into place when complete: a reader, or a restart, sees all of it or nothing."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(path.name + ".partial")
+        with open(partial, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)

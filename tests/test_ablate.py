@@ -1,0 +1,234 @@
+"""Grids of variants: their order, what is done, and that a run is a training run."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from types import SimpleNamespace
+from typing import ClassVar
+
+import jax
+import numpy as np
+import pytest
+
+from duc_dlc_jax import config as config_lib
+from duc_dlc_jax.ablate import grid, runner
+from duc_dlc_jax.ablate.__main__ import listed, train_all
+from duc_dlc_jax.ablate.grid import Run, Variant, parts
+from duc_dlc_jax.ablate.results import Results
+from duc_dlc_jax.config import ConfigError
+from duc_dlc_jax.train import train
+from networks import NARROW, jit
+from runs import tiny_config
+
+TWO = [Variant("fcn", parts("none", "none"), 2), Variant("duc_dlc", parts("duc", "dlc"), 1)]
+
+
+# The grid
+
+
+def test_the_packaged_grid_asks_the_question_first():
+    """FCN, the control, +DUC, +DLC, both, DeepLabv3; every module of the registry is in it."""
+    base = config_lib.load("configs/ablation_camvid.py")
+    found = grid.variants("configs/ablation_camvid.py")
+    configs = [variant.config(base, 0) for variant in found]
+    pairs = [(c.model.upsampling, c.model.context) for c in configs]
+    order = ["none none", "bilinear none", "duc none", "bilinear dlc", "duc dlc", "none aspp"]
+    assert [" ".join(pair) for pair in pairs[:6]] == order
+    assert [v.seeds for v in found[:6]] == [10] * 5 + [3]
+    assert {u for u, _ in pairs} == set(config_lib.CHOICES["model.upsampling"])
+    assert {c for _, c in pairs} == set(config_lib.CHOICES["model.context"])
+    assert len({(c.train.to_json(), c.data.to_json(), c.optimizer.to_json()) for c in configs}) == 1
+
+
+def test_runs_go_variant_by_variant():
+    names = [run.name for run in grid.runs(TWO)]
+    assert names == ["fcn-seed0", "fcn-seed1", "duc_dlc-seed0"]
+    assert [run.name for run in grid.runs(TWO, "duc*", [3, 5])] == [
+        "duc_dlc-seed3",
+        "duc_dlc-seed5",
+    ]
+    with pytest.raises(ConfigError, match=r"--only=dlc names no variant; there are fcn, duc_dlc"):
+        grid.runs(TWO, "fcn,dlc")
+
+
+def test_a_file_without_variants_or_with_two_of_a_name_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"demo\.py has no get_variants\(\)"):
+        grid.variants("configs/demo.py")
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "from duc_dlc_jax.ablate.grid import Variant\n\n\n"
+        "def get_variants():\n    return [Variant('a', {}), Variant('a', {'seed': 1})]\n"
+    )
+    with pytest.raises(ConfigError, match="several variants are called a"):
+        grid.variants(str(path))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model.contexts": "dlc"}, "the nearest one is model.context"),
+        ({"model.context": "aspp2"}, r"model\.context='aspp2'; allowed: 'dlc'"),
+    ],
+)
+def test_a_variant_that_cannot_run_is_refused(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        Variant("a", changes).config(config_lib.default(), 0)
+
+
+# What is done
+
+
+class FakeTrainer:
+    """Writes down what it would train; `duc_dlc` fails, a run takes `seconds`."""
+
+    made: ClassVar[list] = []
+    seconds = 0.0
+    clock = SimpleNamespace(now=0.0)
+
+    def __init__(self, config, data):
+        self.made.append(config.model.context)
+
+    def run(self, config, weights):
+        self.clock.now += self.seconds
+        if config.model.context == "dlc":
+            raise RuntimeError("RESOURCE_EXHAUSTED: out of memory\nmore lines")
+        val = {"mIoU": 0.5, "PA": 0.75, "boundary": {"mean_iou": 0.25}}
+        return {"seed": config.seed, "config": config.to_dict(), "val": val}
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    monkeypatch.setattr(runner, "Trainer", FakeTrainer)
+    monkeypatch.setattr(runner, "Data", lambda data: None)
+    monkeypatch.setattr(FakeTrainer, "made", [])
+    monkeypatch.setattr(FakeTrainer, "clock", SimpleNamespace(now=0.0))
+    monkeypatch.setattr("time.monotonic", lambda: FakeTrainer.clock.now)
+    return FakeTrainer
+
+
+def test_a_grid_goes_on_after_a_failure_and_where_it_stopped(fake, tmp_path):
+    results, runs = Results(tmp_path), grid.runs(TWO)
+    assert train_all(config_lib.default(), runs, results, float("inf"), False) == 1
+    assert fake.made == ["none", "dlc"]  # one program for both seeds
+    assert results.failure(runs[2]) == "RuntimeError: RESOURCE_EXHAUSTED: out of memory"
+    assert sorted(p.name for p in results.folder.iterdir()) == [
+        "duc_dlc-seed0.failed", "fcn-seed0.json", "fcn-seed1.json",
+    ]  # fmt: skip
+    lines = listed(runs, results).splitlines()
+    assert "mIoU 0.5000" in lines[0]
+    assert "failed, RuntimeError" in lines[2]
+    results.path(runs[1]).unlink()
+    train_all(config_lib.default(), runs, results, float("inf"), False)
+    assert fake.made == ["none", "dlc", "none", "dlc"]
+    assert results.done(runs[1])["seed"] == 1
+
+
+def test_no_run_starts_that_would_end_after_the_limit(fake, tmp_path, monkeypatch):
+    monkeypatch.setattr(fake, "seconds", 40.0)
+    results, runs = Results(tmp_path), grid.runs([Variant("fcn", parts("none", "none"), 5)])
+    assert train_all(config_lib.default(), runs, results, 100.0, False) == 3
+    assert len(results.all()) == 2
+
+
+def test_runs_of_two_budgets_do_not_mix(fake, tmp_path):
+    results, base = Results(tmp_path), config_lib.default()
+    run = Run(TWO[0], 0)
+    train_all(base, [run], results, float("inf"), False)
+    results.check(run, run.variant.config(base, 0))
+    base.data.threads, base.data.dir = 64, "elsewhere"  # circumstances
+    results.check(run, run.variant.config(base, 0))
+    base.train.epochs = 30.0
+    with pytest.raises(
+        ConfigError, match=r"fcn-seed0\.json was run with train\.epochs=120\.0 \(now"
+    ):
+        results.check(run, run.variant.config(base, 0))
+
+
+def test_a_file_is_whole_or_absent(tmp_path, monkeypatch):
+    results, run = Results(tmp_path), Run(TWO[0], 0)
+    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        results.write(run, {"seed": 0})
+    assert results.done(run) is None
+    assert results.all() == []
+
+
+# A run
+
+
+@pytest.fixture(scope="module")
+def trained(scenes_dir, tmp_path_factory):
+    """Seeds 0, 1 and 0 again of one variant, by one trainer, and the variant's configuration."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "jit", jit)
+        changes = {f"model__{name}": value for name, value in NARROW.items()}
+        base = tiny_config(scenes_dir, **changes, train__steps=4, train__eval_every=2)
+        variant = Variant("bilinear", parts("bilinear", "none"))
+        configs = [variant.config(base, seed) for seed in (0, 1)]
+        trainer = runner.Trainer(configs[0], runner.Data(base.data))
+        weights = tmp_path_factory.mktemp("weights") / "bilinear.npz"
+        results = [
+            trainer.run(configs[0], weights),
+            trainer.run(configs[1]),
+            trainer.run(configs[0]),
+        ]
+        workdir = tmp_path_factory.mktemp("run")
+        scores = train(configs[1], workdir)
+        yield SimpleNamespace(results=results, config=configs[1], weights=weights, scores=scores)
+
+
+def test_a_run_is_the_training_run_of_its_configuration(trained):
+    """The same seed by `train`: the same confusion matrix; other seeds differ."""
+    matrices = [np.array(result["val"]["confusion_matrix"]) for result in trained.results]
+    np.testing.assert_array_equal(matrices[1], trained.scores["matrix"])
+    np.testing.assert_array_equal(matrices[0], matrices[2])
+    assert np.any(matrices[0] != matrices[1])
+
+
+def test_seeds_share_the_compiled_program(trained):
+    assert trained.results[0]["seconds"]["compile"] > 0
+    assert [result["seconds"]["compile"] for result in trained.results[1:]] == [0, 0]
+
+
+def test_a_result_holds_what_the_tables_need(trained):
+    result = json.loads(json.dumps(trained.results[1]))
+    assert config_lib.from_json(json.dumps(result["config"])).to_dict() == trained.config.to_dict()
+    assert [point["step"] for point in result["curve"]] == [2, 4]
+    assert result["curve"][-1]["mIoU"] == pytest.approx(result["val"]["mIoU"], abs=1e-6)
+    assert all(np.isfinite(point["loss"]) and point["loss"] > 0 for point in result["curve"])
+    assert set(result["parameters"]) == {"backbone", "bilinear", "classifier"}
+    assert set(result["macs"]) == {"backbone", "bilinear", "classifier"}
+    assert min(result["images_per_second"].values()) > 0
+    assert result["step_bytes_per_device"] > 0
+    assert result["val"]["boundary"]["f"].keys() == result["val"]["iou"].keys()
+    assert result["hardware"]["device"] == "cpu"
+    assert sum(v for k, v in result["seconds"].items() if k != "total") == pytest.approx(
+        result["seconds"]["total"]
+    )
+
+
+def test_the_weights_are_the_final_network(trained):
+    with np.load(trained.weights) as saved:
+        names = set(saved.files)
+        assert all(np.isfinite(saved[name]).all() for name in names)
+    assert "params/bilinear/low_conv/kernel" in names
+    assert "batch_stats/bilinear/low_bn/mean" in names
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(trained, scenes_dir, monkeypatch):
+    monkeypatch.setattr(jax, "jit", jit)
+    config = trained.config.copy_and_resolve_references()
+    trainer = runner.Trainer(config, SimpleNamespace(**vars(runner.Data(config.data))))
+    trainer._compiled = lambda state, batch, key: (state, {"loss": jax.numpy.float32(np.nan)})
+    with pytest.raises(FloatingPointError, match="the loss is nan at step 2"):
+        trainer.run(config)
+
+
+def test_the_command_lists_its_runs(tmp_path):
+    command = [sys.executable, "-m", "duc_dlc_jax.ablate", f"--workdir={tmp_path}", "--list"]
+    command += ["--config=configs/ablation_camvid.py", "--only=duc", "--seeds=0,4"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert [line.split()[0] for line in result.stdout.splitlines()] == ["duc-seed0", "duc-seed4"]
