@@ -14,7 +14,6 @@ from duc_dlc_jax.ablate.grid import Variant, parts
 
 def get_config():
     config = base.load("configs/camvid.py")
-    config.data.antialias = True
     config.data.threads = 8
     config.data.prefetch = 8
     config.model.dtype = "bfloat16"

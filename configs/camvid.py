@@ -15,6 +15,7 @@ def get_config():
     config.data.name = "camvid"
     config.data.base_size = 360
     config.data.crop_size = 360
+    config.data.antialias = True  # as the code base's Pillow shrinks
     config.data.in_memory = True
     config.optimizer.learning_rate = 2e-3
     config.train.epochs = 200.0  # 367 x 200 / 16 = 4,588 steps

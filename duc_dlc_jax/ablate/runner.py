@@ -51,17 +51,17 @@ class Trainer:
         from duc_dlc_jax.train import total_steps  # late: the checkpoints' library
 
         self._config, self._data = config, data
-        self._mesh = sharding.data_mesh()
-        sharding.check_batch(config.train.batch_size, self._mesh.size)
+        self._mesh = sharding.training_mesh(config)
         spec = data.train.spec
         self._steps = total_steps(config, len(data.train))
-        self._model = segmenter.create(config.model, spec.num_classes, self._mesh.size)
+        groups = sharding.bn_groups(config, self._mesh)
+        self._model = segmenter.create(config.model, spec.num_classes, groups)
         self._optimizer = optimizers.create(config.optimizer, self._steps)
-        everywhere, split = sharding.replicated(self._mesh), sharding.batched(self._mesh)
+        everywhere = sharding.replicated(self._mesh)
         step = make_train_step(self._model, self._optimizer, config, data.train.pixels())
         self._jitted = jax.jit(
             step,
-            in_shardings=(everywhere, split, everywhere),
+            in_shardings=(everywhere, None, everywhere),
             out_shardings=everywhere,
             donate_argnums=0,
         )

@@ -79,6 +79,7 @@ def rates(args: Any, kinds: list[str]) -> dict[str, Any]:
             data = model.random_batch(args.config, work.classes)
             peer = Peer(work, data, image, args.ways, args.threads)
             stack.enter_context(contextlib.closing(peer))
+            peer.warm_up(kinds)
             print(f"PyTorch {peer.version}: logits differ by {peer.difference:.1e} (relative)")
             result["peer"] = {"torch": peer.version, "difference": peer.difference}
         if "train" in kinds:

@@ -173,8 +173,9 @@ def _rounds(
         jax.block_until_ready(result)
         return (time.perf_counter() - start) / steps
 
-    timed()  # compiles, warms up
-    ways = peer.ways(what) if peer else []
+    timed()  # compiles
+    ways = peer.ways(what) if peer else []  # waits for their compilation
+    timed()
     ours: list[float] = []
     theirs: dict[str, list[float]] = {way: [] for way in ways}
     for _ in range(rounds):

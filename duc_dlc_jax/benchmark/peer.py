@@ -11,6 +11,7 @@ import pathlib
 import subprocess
 import sys
 import tempfile
+import threading
 from typing import Any
 
 import jax
@@ -83,12 +84,20 @@ class Peer:
         self.difference = float(np.linalg.norm(theirs - ours) / np.linalg.norm(ours))
         self._ways: dict[str, list[str]] = {}
 
+    def warm_up(self, kinds: Any) -> None:
+        """Starts what `ways` does beside what the caller does, which compiles too."""
+        kinds = [what for what in ("train", "infer") if what in kinds]
+        self._warming = threading.Thread(target=lambda: [self._warmed(what) for what in kinds])
+        self._warming.start()
+
     def ways(self, what: str) -> list[str]:
         """The ways that can be timed, warmed up: those asked for that do not fail."""
-        if what not in self._ways:
-            found = [way for way in self._asked if self.seconds(what, way, 1) > 0]
-            self._ways[what] = [way for way in found if self.seconds(what, way, 3) > 0]
+        self._warming.join()
         return self._ways[what]
+
+    def _warmed(self, what: str) -> None:
+        found = [way for way in self._asked if self.seconds(what, way, 1) > 0]
+        self._ways[what] = [way for way in found if self.seconds(what, way, 3) > 0]
 
     def seconds(self, what: str, way: str, steps: int) -> float:
         """Of one call of `steps`; -1 where this way raised."""
