@@ -51,3 +51,16 @@ def get_variants():
         Variant("duc_dlc_narrow", parts("duc", "dlc", guidance_width=16)),
         Variant("duc_dlc_os16", parts("duc", "dlc", output_stride=16)),
     ]
+
+
+def get_comparisons():
+    """Questions, answered by the second less the first, seed by seed."""
+    return [
+        ("fcn", "bilinear", "the 1/8 grid and the skip from layer2"),
+        ("bilinear", "duc", "DUC's guidance by the image"),
+        ("bilinear", "dlc", "DLC, without guidance"),
+        ("dlc", "duc_dlc", "DUC's guidance, under DLC"),
+        ("duc", "duc_dlc", "DLC, on DUC"),
+        ("bilinear", "duc_dlc", "DUC's guidance and DLC"),
+        ("deeplabv3", "duc_dlc", "the paper's network against DeepLabv3 at 1/16"),
+    ]

@@ -31,7 +31,7 @@ TWO = [Variant("fcn", parts("none", "none"), 2), Variant("duc_dlc", parts("duc",
 def test_the_packaged_grid_asks_the_question_first():
     """FCN, the control, +DUC, +DLC, both, DeepLabv3; every module of the registry is in it."""
     base = config_lib.load("configs/ablation_camvid.py")
-    found = grid.variants("configs/ablation_camvid.py")
+    found = grid.load("configs/ablation_camvid.py").variants
     configs = [variant.config(base, 0) for variant in found]
     pairs = [(c.model.upsampling, c.model.context) for c in configs]
     order = ["none none", "bilinear none", "duc none", "bilinear dlc", "duc dlc", "none aspp"]
@@ -55,14 +55,14 @@ def test_runs_go_variant_by_variant():
 
 def test_a_file_without_variants_or_with_two_of_a_name_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"demo\.py has no get_variants\(\)"):
-        grid.variants("configs/demo.py")
+        grid.load("configs/demo.py")
     path = tmp_path / "mine.py"
     path.write_text(
         "from duc_dlc_jax.ablate.grid import Variant\n\n\n"
         "def get_variants():\n    return [Variant('a', {}), Variant('a', {'seed': 1})]\n"
     )
     with pytest.raises(ConfigError, match="several variants are called a"):
-        grid.variants(str(path))
+        grid.load(str(path))
 
 
 @pytest.mark.parametrize(
@@ -232,3 +232,15 @@ def test_the_command_lists_its_runs(tmp_path):
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
     assert [line.split()[0] for line in result.stdout.splitlines()] == ["duc-seed0", "duc-seed4"]
+
+
+def test_questions_about_other_variants_are_refused(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "from duc_dlc_jax.ablate.grid import Variant\n\n\n"
+        "def get_variants():\n    return [Variant('a', {})]\n\n\n"
+        "def get_comparisons():\n    return [('a', 'b', 'why')]\n"
+    )
+    with pytest.raises(ConfigError, match=r"get_comparisons\(\) names 'b'; there are a"):
+        grid.load(str(path))
+    assert len(grid.load("configs/ablation_camvid.py").comparisons) == 7

@@ -75,20 +75,37 @@ def train_all(config, runs: list[grid.Run], results: Results, limit: float, weig
     return sum(results.done(run) is None for run in todo)
 
 
+def write_report(results: Results, output: str, whole: grid.Grid | None) -> None:
+    """whole: the grid as it is now, which may have grown since the runs."""
+    from duc_dlc_jax.ablate import report  # late: SciPy and plots
+
+    if whole:
+        results.write_grid(whole)
+    command = f"python -m duc_dlc_jax.ablate --report --workdir=DIR --output={output}"
+    report.write(results, output, command)
+    print(f"written: {output}")
+
+
 def main(_) -> None:
-    args = flags.FLAGS
-    results = Results(args.workdir)
+    args, results = flags.FLAGS, Results(flags.FLAGS.workdir)
+    given = args.config is not None
+    whole = grid.load(config_flags.get_config_filename(args["config"])) if given else None
+    if args.report:
+        write_report(results, args.output, whole)
+        return
+    if whole is None:
+        raise ConfigError("--config=FILE is missing; see configs/ablation_camvid.py")
     try:
         seeds = [int(seed) for seed in args.seeds] or None
     except ValueError as error:
         raise ConfigError(f"--seeds={','.join(args.seeds)}; allowed: 0,1,2") from error
-    path = config_flags.get_config_filename(args["config"])
-    runs = grid.runs(grid.variants(path), args.only, seeds)
+    runs = grid.runs(whole.variants, args.only, seeds)
     for run in runs:  # before anything is compiled
         results.check(run, run.variant.config(args.config, run.seed))
     if args.list:
         print(listed(runs, results))
         return
+    results.write_grid(whole)
     cli.use_compilation_cache(Path(args.workdir))
     limit = args.stop_after_s or args.max_hours * 3600 or float("inf")
     left = train_all(args.config, runs, results, limit, args.weights)
@@ -104,5 +121,6 @@ if __name__ == "__main__":
     flags.DEFINE_bool("weights", False, "Also keep each run's final network, weights/NAME.npz.")
     flags.DEFINE_float("max_hours", 0.0, "Start no run that would end later; 0 = no limit.")
     flags.DEFINE_float("stop_after_s", 0.0, "The same in seconds.")
-    flags.mark_flags_as_required(["config"])
+    flags.DEFINE_bool("report", False, "Write a page about the runs of --workdir, and end.")
+    flags.DEFINE_string("output", "ablation.md", "The page; its plots go into a folder beside it.")
     cli.run(main)

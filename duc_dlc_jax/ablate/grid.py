@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import json
 import runpy
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -53,24 +54,50 @@ def parts(upsampling: str, context: str, **model: Any) -> dict[str, Any]:
     return {f"model.{name}": value for name, value in model.items()}
 
 
-def variants(path: str) -> list[Variant]:
-    """What `get_variants` of a configuration file returns, in the order in which they run.
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """Variants in the order in which they run, and the questions that their runs answer.
 
-    Raises ConfigError where the file has none, or two of one name.
+    comparisons: (first, second, question), to be answered by second - first.
+    """
+
+    variants: tuple[Variant, ...]
+    comparisons: tuple[tuple[str, str, str], ...] = ()
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> Grid:
+        fields = json.loads(text)
+        variants = tuple(Variant(**variant) for variant in fields["variants"])
+        return cls(variants, tuple((a, b, c) for a, b, c in fields["comparisons"]))
+
+
+def load(path: str) -> Grid:
+    """What `get_variants` and, if it is there, `get_comparisons` of a configuration file return.
+
+    Raises ConfigError where the file has no variants, two of one name, or a question about others.
     """
     path = config_lib.find(path)
-    found = runpy.run_path(path).get("get_variants")
-    if found is None:
+    functions = runpy.run_path(path)
+    if "get_variants" not in functions:
         raise ConfigError(
             f"{path} has no get_variants(), the list of ablate.grid.Variant to train; see "
             "configs/ablation_camvid.py"
         )
-    listed = list(found())
-    names = [variant.name for variant in listed]
+    variants = tuple(functions["get_variants"]())
+    names = [variant.name for variant in variants]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ConfigError(f"{path}: several variants are called {', '.join(twice)}")
-    return listed
+    comparisons = tuple(functions.get("get_comparisons", tuple)())
+    for name in (name for row in comparisons for name in row[:2]):
+        if name not in names:
+            raise ConfigError(
+                f"{path}: get_comparisons() names {name!r}; there are {', '.join(names)}"
+            )
+    return Grid(variants, comparisons)
 
 
 def runs(

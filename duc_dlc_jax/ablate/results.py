@@ -10,7 +10,7 @@ from typing import Any
 import ml_collections
 
 from duc_dlc_jax import config as config_lib
-from duc_dlc_jax.ablate.grid import Run
+from duc_dlc_jax.ablate.grid import Grid, Run
 from duc_dlc_jax.config import ConfigError
 
 # Where the data lie and how they are fed: not part of what a run is.
@@ -19,7 +19,10 @@ CIRCUMSTANCES += ("init.weights",)
 
 
 class Results:
-    """The files of a workdir: `runs/NAME.json` of ended runs, `runs/NAME.failed` of failed ones."""
+    """The files of a workdir.
+
+    `runs/NAME.json` of ended runs, `runs/NAME.failed` of failed ones, `grid.json`: all variants.
+    """
 
     def __init__(self, workdir: str | Path):
         self.folder = Path(workdir) / "runs"
@@ -44,6 +47,23 @@ class Results:
     def write_failure(self, run: Run, error: Exception) -> None:
         text = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         self._put(self.path(run).with_suffix(".failed"), text + "\n")
+
+    def failures(self) -> dict[str, str]:
+        """Runs that failed and did not end since, and why."""
+        paths = sorted(self.folder.glob("*.failed"))
+        return {p.stem: p.read_text().strip() for p in paths if not p.with_suffix(".json").exists()}
+
+    def write_grid(self, grid: Grid) -> None:
+        self._put(self.folder.parent / "grid.json", grid.to_json() + "\n")
+
+    def grid(self) -> Grid:
+        """Raises FileNotFoundError where nothing was run in the workdir."""
+        path = self.folder.parent / "grid.json"
+        if not path.exists():
+            raise FileNotFoundError(
+                f"{path.parent} is not the workdir of an ablation: no grid.json"
+            )
+        return Grid.from_json(path.read_text())
 
     def all(self) -> list[dict[str, Any]]:
         """Every ended run in the folder."""

@@ -1,0 +1,101 @@
+"""Plots of a grid; needs matplotlib (extra `plots`)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import matplotlib
+
+matplotlib.use("Agg")  # files only
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+from duc_dlc_jax.ablate.statistics import half_width
+
+if TYPE_CHECKING:
+    from duc_dlc_jax.ablate.report import Table
+
+SIZE, DPI = (7.0, 4.5), 150  # inches, dots per inch
+
+
+def write(table: Table, folder: Path) -> list[tuple[str, str]]:
+    """Writes the plots and returns (file name, what it shows) of each."""
+    folder.mkdir(parents=True, exist_ok=True)
+    text = "Mean val mIoU with its 95% confidence interval against "
+    made = [
+        ("cost_macs.png", text + "multiply-adds", lambda f: _cost(table, f, table.gmacs, "GMACs")),
+    ]
+    if all(table.rates(name) for name in table.runs):
+        made.append(
+            (
+                "cost_rate.png",
+                text + "the training rate",
+                lambda f: _cost(
+                    table,
+                    f,
+                    lambda name: table.rates(name)["train"],
+                    f"training images/s on {table.device}",
+                ),
+            )
+        )
+    by_size = "Boundary IoU of each class, from the rarest to the most common"
+    made.append(("boundary_by_class.png", by_size, lambda f: _boundary(table, f)))
+    if any(len(r["curve"]) > 1 for runs in table.runs.values() for r in runs):
+        made.append(("curves.png", "Val mIoU while training", lambda f: _curves(table, f)))
+    for name, _, draw in made:
+        figure, axes = plt.subplots(figsize=SIZE)
+        draw(axes)
+        figure.tight_layout()
+        figure.savefig(folder / name, dpi=DPI, metadata={"Software": None})
+        plt.close(figure)
+    return [(name, text) for name, text, _ in made]
+
+
+def _error(values: list[float]) -> float:
+    """Half width of the confidence interval; 0, no bar, for a single run."""
+    width = half_width(values)
+    return width if np.isfinite(width) else 0.0
+
+
+def _cost(table: Table, axes: Any, cost: Any, label: str) -> None:
+    for i, name in enumerate(table.runs):
+        values, color = list(table.scores(name, "mIoU").values()), f"C{i % 10}"
+        x, y = cost(name), float(np.mean(values))
+        axes.errorbar(x, y, _error(values), fmt="o", capsize=3, color=color)
+        axes.annotate(name, (x, y), (4, 4), textcoords="offset points", fontsize=7, color=color)
+    axes.set_xscale("log")
+    axes.set(xlabel=label, ylabel="val mIoU")
+    axes.grid(alpha=0.3)
+
+
+def _boundary(table: Table, axes: Any) -> None:
+    """Of the variants that the grid's questions are about."""
+    names = list(dict.fromkeys(n for c in table.comparisons() for n in c[:2])) or list(table.runs)
+    pixels = next(iter(table.runs.values()))[0]["val"]["pixels"]
+    labels = sorted(pixels, key=lambda c: pixels[c])
+    for i, name in enumerate(names):
+        rows = [r["val"]["boundary"]["iou"] for r in table.runs[name]]
+        values = [[row[c] for row in rows if row[c] is not None] for c in labels]
+        means = [float(np.mean(v)) if v else np.nan for v in values]
+        place = np.arange(len(labels)) + (i - (len(names) - 1) / 2) * 0.8 / len(names)
+        axes.errorbar(
+            place, means, [_error(v) for v in values], fmt="o", ms=3, capsize=2, label=name
+        )
+    total = sum(pixels.values())
+    ticks = [f"{c}\n{pixels[c] / total:.1%}" for c in labels]
+    axes.set_xticks(np.arange(len(labels)), ticks, fontsize=6)
+    axes.set(xlabel="class and its share of the pixels", ylabel="boundary IoU")
+    axes.grid(alpha=0.3, axis="y")
+    axes.legend(fontsize=7, ncols=2)
+
+
+def _curves(table: Table, axes: Any) -> None:
+    for name, runs in table.runs.items():
+        steps = [point["step"] for point in runs[0]["curve"]]
+        means = [np.mean([r["curve"][i]["mIoU"] for r in runs]) for i in range(len(steps))]
+        axes.plot(steps, means, marker=".", label=name)
+    axes.set(xlabel="step", ylabel="val mIoU")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=6, ncols=2)
