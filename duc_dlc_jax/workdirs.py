@@ -29,6 +29,7 @@ class Run:
     model: segmenter.Segmenter
     variables: dict[str, Any]  # {params, batch_stats}, on every device
     step: int
+    workdir: Path
 
 
 def write(workdir: Path, config: ml_collections.ConfigDict, spec: LabelSpec) -> None:
@@ -105,4 +106,4 @@ def load(workdir: str | Path, checkpoint: str = "best") -> Run:
         variables = saved.restore_variables(step, everywhere)
     finally:
         saved.close()
-    return Run(config, spec, model, variables, step)
+    return Run(config, spec, model, variables, step, workdir)
