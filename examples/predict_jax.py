@@ -1,4 +1,4 @@
-"""A mask by a bundle's StableHLO model: needs jax, numpy and pillow, and nothing of this project.
+"""A mask by a bundle's StableHLO model: needs jax, numpy, pillow, nothing of this project.
 
 python predict_jax.py BUNDLE IMAGE MASK.png
 """

@@ -1,4 +1,4 @@
-"""A mask by a bundle's ONNX model: needs onnxruntime, numpy and pillow, and nothing of this project.
+"""A mask by a bundle's ONNX model: needs onnxruntime, numpy, pillow, nothing of this project.
 
 python predict_onnxruntime.py BUNDLE IMAGE MASK.png
 """

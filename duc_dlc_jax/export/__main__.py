@@ -6,7 +6,7 @@ and a fresh process, as the trained network does; otherwise nothing is written.
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import re
 import shutil
 import sys
@@ -38,14 +38,12 @@ def export(run: workdirs.Run, output: Path, options: manifest.Options, images: s
     photos, origin = _photos(run, images)
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as folder:
-        partial = Path(folder, output.name)
-        partial.mkdir()
         network = folding.FoldedNetwork(run.model, run.variables, options.numpy_dtype)
-        content = manifest.describe(run, options)
-        for form in options.formats:
-            built = BUILDERS[form](network, options.size, options.input, options.output_kind)
-            (partial / bundles.FILES[form]).write_bytes(built)
-        _write(partial, content)
+        # Classes alone would hide small faults: the same network is checked with logits, too.
+        kinds = dict.fromkeys((options.output_kind, "logits"))
+        paths = [Path(folder, kind) for kind in kinds]
+        for path, kind in zip(paths, kinds, strict=True):
+            _write_models(path, run, network, dataclasses.replace(options, output_kind=kind))
 
         tolerance = gate.tolerance_of(options.dtype)
         batches = gate.pairs(photos, options.size)
@@ -53,19 +51,22 @@ def export(run: workdirs.Run, output: Path, options: manifest.Options, images: s
             gate.Expected.of(gate.reference(run.model, run.variables, batch), tolerance)
             for batch in batches
         ]
+        content = bundles.read(paths[0]).manifest
         content["gate"] |= {"tolerance": tolerance, "images": f"{origin}, and drawn scenes"}
         for form in options.formats:
-            figures = gate.check(partial, form, batches, expected, tolerance)
-            content["gate"][form] = figures
-        gate.write_check(partial, batches, expected)
-        _write(partial, content)
-        bundles.write_sums(partial)
-        shutil.move(partial, output)
+            content["gate"][form] = gate.check(paths, form, batches, expected, tolerance)
+        gate.write_check(paths[0], batches, expected)
+        bundles.write(paths[0], content)
+        shutil.move(paths[0], output)
     return content
 
 
-def _write(path: Path, content: dict) -> None:
-    (path / bundles.MANIFEST).write_text(json.dumps(content, indent=1) + "\n", "utf-8")
+def _write_models(path: Path, run: workdirs.Run, network, options: manifest.Options) -> None:
+    path.mkdir()
+    for form in options.formats:
+        built = BUILDERS[form](network, options.size, options.input, options.output_kind)
+        (path / bundles.FILES[form]).write_bytes(built)
+    bundles.write(path, manifest.describe(run, options))
 
 
 def _photos(run: workdirs.Run, images: str) -> tuple[list, str]:
@@ -78,7 +79,7 @@ def _photos(run: workdirs.Run, images: str) -> tuple[list, str]:
         records = open_records(data, data.eval_split)
     except (FileNotFoundError, ConfigError):
         drawn = [gate.scenes.draw("train", i)[0] for i in range(count)]
-        return drawn, f"drawn scenes ({data.name} is not prepared in {data.dir!r})"
+        return drawn, f"drawn scenes, as {data.name} is not prepared"
     photos = [records[i]["image"] for i in range(min(count, len(records)))]
     return photos, f"{data.name} {data.eval_split}"
 

@@ -73,7 +73,9 @@ def read(path: str | Path) -> Bundle:
     return Bundle(path, manifest)
 
 
-def write_sums(path: Path) -> None:
+def write(path: Path, manifest: dict[str, Any]) -> None:
+    """Writes the manifest, and the sums of all files that are there."""
+    (path / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", "utf-8")
     names = sorted(file.name for file in path.iterdir() if file.name != SUMS)
     (path / SUMS).write_text("".join(f"{_sha256(path / name)}  {name}\n" for name in names))
 

@@ -122,7 +122,7 @@ class FoldedNetwork:
         """model, variables: as trained; dtype: of the convolutions' weights and activations."""
         self.model = model.clone(dtype=jnp.dtype(dtype))
         self.dtype = jnp.dtype(dtype)
-        self.convolutions, self._included = fold(model, variables)
+        self.convolutions, self._included = fold(self.model, variables)
         self._variables = variables
 
     def logits(self, images: jax.Array) -> jax.Array:

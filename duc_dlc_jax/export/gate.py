@@ -9,7 +9,6 @@ than 2 t L the bundle names that class.
 from __future__ import annotations
 
 import dataclasses
-import os
 import subprocess
 import sys
 import tempfile
@@ -124,23 +123,35 @@ def read_photos(folder: str, count: int) -> list[np.ndarray]:
     return [codec.decode_image(p.read_bytes(), str(p)) for p in paths[:count]]
 
 
-def run_apart(path: Path, form: str, batches: list[np.ndarray]) -> list[np.ndarray]:
-    """The outputs of a bundle's model in a fresh process. Raises GateError where it fails."""
+def run_apart(paths: list[Path], form: str, batches: list[np.ndarray]) -> list[list[np.ndarray]]:
+    """The outputs of each bundle's model in a fresh process. Raises GateError where it fails."""
     with tempfile.TemporaryDirectory() as folder:
         files = [str(Path(folder, name)) for name in ("inputs.npz", "outputs.npz")]
         np.savez(files[0], **{f"{i}": batch for i, batch in enumerate(batches)})
-        command = [sys.executable, "-m", "duc_dlc_jax.export.runtimes", str(path), form, *files]
-        done = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ))
+        command = [sys.executable, "-m", "duc_dlc_jax.export.runtimes", form, *files]
+        done = subprocess.run([*command, *map(str, paths)], capture_output=True, text=True)
         if done.returncode:
             raise GateError(f"{form} does not run in a fresh process:\n{done.stderr[-2000:]}")
         with np.load(files[1], allow_pickle=False) as arrays:
-            return [arrays[f"{i}"] for i in range(len(batches))]
+            return [[arrays[f"{n}/{i}"] for i in range(len(batches))] for n in range(len(paths))]
 
 
-def check(path: Path, form: str, batches, expected: list[Expected], tolerance: float) -> list:
-    """Figures of each batch. Raises GateError with all of them beyond the tolerance."""
-    outputs = run_apart(path, form, batches)
-    return _judged(form, batches, outputs, expected, tolerance)
+def check(
+    paths: list[Path],
+    form: str,
+    batches: list[np.ndarray],
+    expected: list[Expected],
+    tolerance: float,
+) -> list[dict[str, Any]]:
+    """Figures of each batch, of several bundles of one network together.
+
+    Raises GateError, with the figures, for answers beyond the tolerance.
+    """
+    figures: list[dict[str, Any]] = [{} for _ in batches]
+    for outputs in run_apart(paths, form, batches):
+        judged = _judged(form, batches, outputs, expected, tolerance)
+        figures = [one | more for one, more in zip(figures, judged, strict=True)]
+    return figures
 
 
 def _judged(form, batches, outputs, expected, tolerance) -> list[dict[str, Any]]:

@@ -1,7 +1,7 @@
 """The model of a bundle in its own runtime: StableHLO by JAX, ONNX by ONNX Runtime.
 
-As a program, `python -m duc_dlc_jax.export.runtimes BUNDLE FORMAT INPUTS.npz OUTPUTS.npz`, it runs
-arrays through a model in a process that knows nothing of the network; the gate starts it.
+As a program, `python -m duc_dlc_jax.export.runtimes FORMAT INPUTS.npz OUTPUTS.npz BUNDLE...`, it
+runs arrays through models in a process that knows nothing of the network; the gate starts it.
 """
 
 from __future__ import annotations
@@ -87,10 +87,14 @@ def _onnx(bundle: Bundle, threads: int) -> Callable[[np.ndarray], np.ndarray]:
     return lambda images: np.asarray(session.run(None, {"image": images})[0])
 
 
-def main(path: str, form: str, inputs: str, outputs: str) -> None:
-    run = load(read(path), form)
+def main(form: str, inputs: str, outputs: str, *paths: str) -> None:
+    """Writes the output of input NAME and the n-th bundle as n/NAME."""
+    results = {}
     with np.load(inputs, allow_pickle=False) as arrays:
-        np.savez(outputs, **{name: run(arrays[name]) for name in arrays.files})
+        for number, path in enumerate(paths):
+            run = load(read(path), form)
+            results |= {f"{number}/{name}": run(arrays[name]) for name in arrays.files}
+    np.savez(outputs, **results)
 
 
 if __name__ == "__main__":
