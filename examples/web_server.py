@@ -20,10 +20,13 @@ from PIL import Image, ImageOps
 MAX_BYTES, MAX_PIXELS, MIN_SIDE = 20_000_000, 8_000_000, 32
 PAGE = b"""<!doctype html><title>Segmentation</title><input type=file accept=image/*>
 <p id=say></p><img id=out style="max-width:100%"><script>
+const say = text => document.getElementById("say").textContent = text
 document.querySelector("input").onchange = async event => {
-  const answer = await fetch("/", {method: "POST", body: event.target.files[0]})
+  const [file] = event.target.files
+  if (file.size > 20e6) return say("20,000,000 bytes at most")
+  const answer = await fetch("/", {method: "POST", body: file})
   if (answer.ok) document.getElementById("out").src = URL.createObjectURL(await answer.blob())
-  document.getElementById("say").textContent = answer.ok ? "" : await answer.text()
+  say(answer.ok ? "" : await answer.text())
 }</script>"""
 
 

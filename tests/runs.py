@@ -1,5 +1,6 @@
 """Tiny runs for tests: the same modules on 64-pixel crops, in this process or as a command."""
 
+import contextlib
 import os
 import socket
 import subprocess
@@ -85,6 +86,28 @@ def run(arguments, *, devices=1, check=True, timeout=300, **env):
 
 def environment(devices=1, **extra):
     return os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)} | extra
+
+
+def untrained_workdir(folder: Path, fields: dict, data: str = "scenes") -> Path:
+    """What training leaves, of a network with drawn weights; fields: of config.model."""
+    from duc_dlc_jax import optimizer, train_step, workdirs
+    from duc_dlc_jax.checkpoints import Checkpoints
+    from duc_dlc_jax.data.labels import label_spec
+    from duc_dlc_jax.models import segmenter
+    from networks import random_variables
+
+    config = config_lib.default()
+    config.data.update({"name": data, "dir": str(folder / "nothing")})
+    config.model.update(fields)
+    spec = label_spec(data)
+    model = segmenter.create(config.model, spec.num_classes)
+    workdirs.write(folder, config, spec)
+    rule = optimizer.create(config.optimizer, 10)
+    state = train_step.create_state(model, rule, config, random_variables(model))
+    with contextlib.closing(Checkpoints(folder)) as saved:
+        saved.save(state, 0, config, {"final_score": 0.5})
+        saved.wait()
+    return folder
 
 
 def free_port() -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
 import shutil
@@ -14,8 +13,7 @@ import pytest
 from jax import export as jax_export
 
 from duc_dlc_jax import config as config_lib
-from duc_dlc_jax import optimizer, train_step, workdirs
-from duc_dlc_jax.checkpoints import Checkpoints
+from duc_dlc_jax import workdirs
 from duc_dlc_jax.config import ConfigError
 from duc_dlc_jax.data.labels import DataError, label_spec
 from duc_dlc_jax.export import __main__ as command
@@ -23,6 +21,7 @@ from duc_dlc_jax.export import bundle as bundles
 from duc_dlc_jax.export import folding, gate, manifest, onnx_graph, runtimes, stablehlo
 from duc_dlc_jax.models import layers, segmenter
 from networks import NARROW, images_of, jit, random_variables
+from runs import untrained_workdir
 
 NETWORKS = {  # fields of config.model beside NARROW
     "as published": {},
@@ -192,19 +191,7 @@ def test_expectations_tell_ties_from_faults():
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
-    """What training leaves, of a network that was not trained."""
-    folder = tmp_path_factory.mktemp("run")
-    c = config_lib.default()
-    c.data.update({"name": "scenes", "dir": str(folder / "nothing")})
-    c.model.update(NARROW)
-    spec = label_spec("scenes")
-    model = segmenter.create(c.model, spec.num_classes)
-    workdirs.write(folder, c, spec)
-    rule = optimizer.create(c.optimizer, 10)
-    state = train_step.create_state(model, rule, c, random_variables(model))
-    with contextlib.closing(Checkpoints(folder)) as saved:
-        saved.save(state, 0, c, {"final_score": 0.5})
-        saved.wait()
+    folder = untrained_workdir(tmp_path_factory.mktemp("run"), NARROW)
     line = {"step": 0, "val/mIoU": 0.25, "val_iou/pole": None}
     (folder / "metrics.jsonl").write_text(json.dumps(line) + "\n")
     return folder

@@ -40,7 +40,7 @@ std::uint64_t header_number(std::istream& in) {
   while (std::isdigit(in.peek()) && digits.size() < 10) {
     digits.push_back(static_cast<char>(in.get()));
   }
-  if (digits.empty()) {
+  if (digits.empty() || std::isdigit(in.peek())) {
     throw std::runtime_error("its header is not that of a PPM");
   }
   return std::stoull(digits);
