@@ -39,6 +39,11 @@ NETWORKS = {  # fields of config.model beside NARROW
         "stride_on": "1x1",
     },
     "stride grid": {"resize_grid": "stride"},
+    "pixel shuffle, ASPP": {
+        "upsampling": "pixel_shuffle",
+        "context": "aspp",
+        "context_width": 8,
+    },
 }
 SMALL, ODD = (64, 96), (61, 45)
 
@@ -137,12 +142,14 @@ def test_onnx_has_native_operators_alone():
     assert used >= {tensor.name for tensor in graph.initializer}
 
 
-def test_what_onnx_lacks_is_refused_by_name(monkeypatch):
-    folded = folding.FoldedNetwork(*network())
-    logits = folded.logits
-    monkeypatch.setattr(folded, "logits", lambda image: jnp.cumsum(logits(image), 1))
+def test_what_onnx_lacks_is_refused_by_name():
     pytest.importorskip("onnx", reason="the export extra is not installed")
-    with pytest.raises(ConfigError, match=r"operator 'cumsum' .*--format=stablehlo"):
+    c = config_lib.default()
+    c.model.update(NARROW | {"context": "psp", "context_width": 8})
+    model = segmenter.create(c.model, 11)
+    folded = folding.FoldedNetwork(model, random_variables(model))
+    message = r"operator 'dot_general' in Segmenter/psp.*--format=stablehlo"
+    with pytest.raises(ConfigError, match=message):
         onnx_graph.build(folded, ODD, np.uint8, "logits")
 
 
@@ -170,6 +177,32 @@ def test_narrow_dtypes_lose_what_the_gate_allows(dtype, least, most):
         outputs.append(run_onnx(onnx_graph.build(folded, None, np.uint8, "logits"), image))
     for output in outputs:
         assert least < relative(output, expected) < most < gate.TOLERANCE[dtype]
+
+
+@pytest.mark.export
+@pytest.mark.parametrize("context", config_lib.CHOICES["model.context"])
+@pytest.mark.parametrize("upsampling", config_lib.CHOICES["model.upsampling"])
+def test_every_network_in_every_format(upsampling, context):
+    """Any size, and one size, of each module beside the published one."""
+    if upsampling != "duc" and context != "dlc":
+        pytest.skip("modules are independent: each is tried once")
+    fields = {"upsampling": upsampling, "context": context}
+    c = config_lib.default()
+    c.model.update(NARROW | fields | {"context_width": 8, "dupsampling_width": 8})
+    model = segmenter.create(c.model, 11)
+    variables, image = random_variables(model), np.stack(images_of(ODD, ODD))
+    expected = gate.reference(model, variables, image)
+    folded = folding.FoldedNetwork(model, variables)
+    for size in (None, ODD):
+        content = stablehlo.build(folded, size, np.uint8, "logits")
+        exported = jax_export.deserialize(bytearray(content))
+        assert relative(jit(exported.call)(image), expected) < 5e-6
+        if context == "psp" or upsampling == "guided_filter":
+            with pytest.raises(ConfigError, match=f"in Segmenter/({context}|{upsampling})"):
+                onnx_graph.build(folded, size, np.uint8, "logits")
+        else:
+            ours = run_onnx(onnx_graph.build(folded, size, np.uint8, "logits"), image)
+            assert relative(ours, expected) < 5e-6
 
 
 # The gate

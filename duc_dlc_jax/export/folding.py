@@ -26,12 +26,13 @@ OUTPUTS = ("ids", "logits")
 
 @dataclasses.dataclass(frozen=True)
 class Convolution:
-    """k x k, padded by dilation (k - 1) / 2; kernel [k, k, C, F] and bias [F] in float64."""
+    """k x k, padded by dilation (k - 1) / 2; kernel [k, k, C / groups, F], bias [F]: float64."""
 
     kernel: np.ndarray
     bias: np.ndarray
     stride: int = 1
     dilation: int = 1
+    groups: int = 1
 
     @property
     def padding(self) -> int:
@@ -56,7 +57,8 @@ def fold(model: Segmenter, variables: dict[str, Any]) -> tuple[dict[str, Convolu
         output = call(*args, **kwargs)
         if isinstance(module, layers.Conv) and context.method_name == "__call__":
             kernel, bias = _weights(variables, path)
-            convolutions[path] = Convolution(kernel, bias, module.stride, module.dilation)
+            fields = module.stride, module.dilation, module.groups
+            convolutions[path] = Convolution(kernel, bias, *fields)
             made.append((output, path))
         elif isinstance(module, layers.BatchNorm) and context.method_name == "__call__":
             for before, name in made:
@@ -84,14 +86,19 @@ def _at(tree: Any, path: str) -> Any:
 
 
 def _with_bn(conv: Convolution, variables, path: str, norm: layers.BatchNorm) -> Convolution:
+    factor, shift = _scale_and_shift(variables, path, norm.epsilon)
+    return dataclasses.replace(conv, kernel=conv.kernel * factor, bias=conv.bias * factor + shift)
+
+
+def _scale_and_shift(variables, path: str, epsilon: float) -> tuple[np.ndarray, np.ndarray]:
+    """BN in inference is x * factor + shift: both float64 [C]."""
     params, stats = (_at(variables[kind], path) for kind in ("params", "batch_stats"))
-    scale, shift, mean, var = (
+    scale, bias, mean, var = (
         np.asarray(x, np.float64)
         for x in (params["scale"], params["bias"], stats["mean"], stats["var"])
     )
-    factor = scale / np.sqrt(var + norm.epsilon)
-    bias = (conv.bias - mean) * factor + shift
-    return dataclasses.replace(conv, kernel=conv.kernel * factor, bias=bias)
+    factor = scale / np.sqrt(var + epsilon)
+    return factor, bias - mean * factor
 
 
 def _fold_guidance(duc: DUC, path: str, variables) -> dict[str, Convolution]:
@@ -145,8 +152,8 @@ class FoldedNetwork:
         path = "/".join(module.path)
         if isinstance(module, layers.Conv) and method == "__call__":
             return self._convolve(path, args[0])
-        if isinstance(module, layers.BatchNorm) and path in self._included:
-            return args[0]
+        if isinstance(module, layers.BatchNorm) and method == "__call__":
+            return args[0] if path in self._included else self._normalise(module, path, args[0])
         if isinstance(module, DUC) and method == "_guidance":
             return self._guidance(module, *args)
         return call(*args, **kwargs)
@@ -155,23 +162,21 @@ class FoldedNetwork:
         c = self.convolutions[path]
 
         def convolve(x):
-            kernel, bias = (value.astype(self.dtype) for value in (c.kernel, c.bias))
+            kernel, bias = (jnp.asarray(v, self.dtype) for v in (c.kernel, c.bias))
             x = x.astype(self.dtype)
-            if len(kernel) == c.stride == 1:
+            if len(kernel) == c.stride == c.groups == 1:
                 y = jax.lax.dot_general(x, kernel[0, 0], (((3,), (0,)), ((), ())))
             else:
-                y = jax.lax.conv_general_dilated(
-                    x,
-                    kernel,
-                    (c.stride, c.stride),
-                    ((c.padding, c.padding),) * 2,
-                    rhs_dilation=(c.dilation, c.dilation),
-                    dimension_numbers=("NHWC", "HWIO", "NHWC"),
-                )
+                y = jnp.asarray(layers.convolve(x, kernel, c.stride, c.dilation, c.groups))
             return y + bias[None, None, None]
 
         convolve.__name__ = CONV_PREFIX + path
         return jax.jit(convolve)(x)
+
+    def _normalise(self, norm: layers.BatchNorm, path: str, x: jax.Array) -> jax.Array:
+        folded = _scale_and_shift(self._variables, path, norm.epsilon)
+        factor, shift = (jnp.asarray(v, self.dtype)[None, None, None] for v in folded)
+        return x * factor + shift
 
     def _guidance(self, duc: DUC, image: jax.Array, size) -> jax.Array:
         """`DUC._guidance` by the convolutions of `_fold_guidance`."""

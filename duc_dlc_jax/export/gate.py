@@ -127,13 +127,14 @@ def run_apart(paths: list[Path], form: str, batches: list[np.ndarray]) -> list[l
     """The outputs of each bundle's model in a fresh process. Raises GateError where it fails."""
     with tempfile.TemporaryDirectory() as folder:
         files = [str(Path(folder, name)) for name in ("inputs.npz", "outputs.npz")]
-        np.savez(files[0], **{f"{i}": batch for i, batch in enumerate(batches)})
+        arrays: dict[str, Any] = {f"{i}": batch for i, batch in enumerate(batches)}
+        np.savez(files[0], **arrays)
         command = [sys.executable, "-m", "duc_dlc_jax.export.runtimes", form, *files]
         done = subprocess.run([*command, *map(str, paths)], capture_output=True, text=True)
         if done.returncode:
             raise GateError(f"{form} does not run in a fresh process:\n{done.stderr[-2000:]}")
-        with np.load(files[1], allow_pickle=False) as arrays:
-            return [[arrays[f"{n}/{i}"] for i in range(len(batches))] for n in range(len(paths))]
+        with np.load(files[1], allow_pickle=False) as results:
+            return [[results[f"{n}/{i}"] for i in range(len(batches))] for n in range(len(paths))]
 
 
 def check(

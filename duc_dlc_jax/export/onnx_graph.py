@@ -14,13 +14,16 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.extend.core import Literal
 
 import duc_dlc_jax
 from duc_dlc_jax.config import ConfigError
 from duc_dlc_jax.export.folding import CONV_PREFIX, FoldedNetwork
 
 OPSET, IR_VERSION = 17, 8  # of ONNX 1.12: what TensorRT 8.6, OpenVINO 2023 and later read
-TRACED = (32 * 13, 32 * 17)  # pixels; no fixed grid is by chance one of a stride on both sides
+# Pixels, for any size: odd, so that cuts at the image's end are traced, and such that no fixed grid
+# is by chance that of a stride.
+TRACED = (32 * 13 - 5, 32 * 17 - 9)
 ELEMENTWISE = {"add": "Add", "sub": "Sub", "mul": "Mul", "div": "Div", "max": "Max", "exp": "Exp"}
 ELEMENTWISE |= {"tanh": "Tanh", "logistic": "Sigmoid", "neg": "Neg", "sqrt": "Sqrt"}
 TO_NCHW, TO_NHWC = (0, 3, 1, 2), (0, 2, 3, 1)
@@ -112,8 +115,8 @@ class _Graph:
         values |= dict(zip(closed.jaxpr.constvars, map(np.asarray, closed.consts), strict=True))
 
         def read(atom):
-            if isinstance(atom, jax.extend.core.Literal):
-                return np.asarray(atom.val, atom.aval.dtype)
+            if isinstance(atom, Literal):
+                return np.asarray(atom.val, atom.aval.dtype)  # type: ignore[attr-defined]
             return values[atom]
 
         for equation in closed.jaxpr.eqns:
@@ -126,9 +129,18 @@ class _Graph:
         name, inner = equation.params.get("name", ""), _inner(equation)
         if inner is not None and name.startswith(CONV_PREFIX):
             return [self._convolution(name.removeprefix(CONV_PREFIX), inputs[0])]
-        if inner is not None and name == "max_pool":
-            pool = dict(kernel_shape=(3, 3), strides=(2, 2), pads=(1, 1, 1, 1))
-            return [self._node("MaxPool", inputs[0], **pool)]
+        if inner is not None and name in ("max_pool", "image_mean", "pixel_shuffle"):
+            x, y = equation.invars[0].aval.shape, equation.outvars[0].aval.shape
+            operators: dict[str, tuple[str, dict[str, Any]]] = {
+                "max_pool": (
+                    "MaxPool",
+                    dict(kernel_shape=(3, 3), strides=(2, 2), pads=(1, 1, 1, 1)),
+                ),
+                "image_mean": ("GlobalAveragePool", {}),
+                "pixel_shuffle": ("DepthToSpace", dict(blocksize=y[1] // x[1])),
+            }
+            operator, attributes = operators[name]
+            return [self._node(operator, inputs[0], **attributes)]
         if inner is not None and name.startswith("resize_"):
             (x,), (y,) = equation.invars, equation.outvars
             grid = name.removeprefix("resize_")
@@ -160,6 +172,11 @@ class _Graph:
                 self._node("Slice", inputs[0], *map(self._constant, ([low], [high], [axis])))
                 for low, high in itertools.pairwise(ends)
             ]
+        if op == "slice" and ranks[0] == 4 and self._cuts_the_end(equation):
+            end = self._size(equation.outvars[0].aval.shape[1:3])
+            return [self._node("Slice", inputs[0], self._constant([0, 0]), end, self._axes())]
+        if op == "broadcast_in_dim" and params["broadcast_dimensions"] == (0, 1, 2, 3):
+            return [self._node("Expand", inputs[0], self._shape(inputs[0], params["shape"]))]
         if op == "argmax" and ranks[0] == 4 and params["axes"] == (3,):
             return [self._node("ArgMax", inputs[0], axis=1, keepdims=0)]
         raise self._refuse(f"the operator {op!r}")
@@ -183,6 +200,7 @@ class _Graph:
             strides=(c.stride, c.stride),
             pads=(c.padding,) * 4,
             dilations=(c.dilation, c.dilation),
+            group=c.groups,
         )
 
     # Resizing
@@ -190,15 +208,16 @@ class _Graph:
     def _resize(self, x: str, shape: tuple, target: tuple, grid: str) -> str:
         """x, [B, C, h, w] here: shape and target are its NHWC sizes, as traced."""
         if grid == "corners":
-            size = self._size(target[1:3])
-            lead = self._node("Slice", self._node("Shape", x), *self._range(0, 2))
-            sizes = self._node("Concat", lead, size, axis=0)
+            sizes = self._shape(x, target)
             transform = dict(coordinate_transformation_mode="align_corners")
             return self._node("Resize", x, "", "", sizes, mode="linear", **transform)
         if grid != "stride":
             raise self._refuse(f"the resize grid {grid!r}")
         # Output cell i lies at input cell i * step, whatever the sizes: whole scales, then a cut.
-        step = _stride(target[1:3], self._traced) / _stride(shape[1:3], self._traced)
+        strides = [_stride(grid[1:3], self._traced) for grid in (target, shape)]
+        if None in strides:
+            raise self._refuse(f"a resize of {shape[1:3]} to {target[1:3]}")
+        step = strides[0] / strides[1]  # type: ignore[operator]
         if step > 1:
             ends = self._constant([2**62, 2**62])
             steps = self._constant([int(step)] * 2)
@@ -208,6 +227,17 @@ class _Graph:
         x = self._node("Resize", x, "", scales, mode="linear", **transform)
         ends = self._size(target[1:3])
         return self._node("Slice", x, self._constant([0, 0]), ends, self._axes())
+
+    def _cuts_the_end(self, equation: Any) -> bool:
+        """Whether a slice keeps the first rows and columns, all of the batch and the channels."""
+        shape, params = equation.invars[0].aval.shape, equation.params
+        kept = [params["limit_indices"][axis] == shape[axis] for axis in (0, 3)]
+        return not any(params["start_indices"]) and params["strides"] is None and all(kept)
+
+    def _shape(self, x: str, target: tuple) -> str:
+        """The shape of x, [B, C, h, w] here, with the sides of the NHWC shape target."""
+        lead = self._node("Slice", self._node("Shape", x), *self._range(0, 2))
+        return self._node("Concat", lead, self._size(target[1:3]), axis=0)
 
     def _axes(self) -> str:
         return self._constant([2, 3])
