@@ -13,8 +13,9 @@ import pytest
 from jax import export as jax_export
 
 from duc_dlc_jax import config as config_lib
-from duc_dlc_jax import workdirs
+from duc_dlc_jax import evaluate, protocols, workdirs
 from duc_dlc_jax.config import ConfigError
+from duc_dlc_jax.data.builders import scenes
 from duc_dlc_jax.data.labels import DataError, label_spec
 from duc_dlc_jax.export import __main__ as command
 from duc_dlc_jax.export import bundle as bundles
@@ -336,6 +337,30 @@ def test_a_bundle_takes_the_sizes_that_it_says(bundle):
         runtimes.check_size(bundles.Bundle(bundle, fixed), (64, 48))
     with pytest.raises(FileNotFoundError, match=r"is not a bundle: .*bundle\.json is missing"):
         bundles.read(bundle.parent)
+
+
+def test_the_commands_take_bundles(bundle, tmp_path):
+    """As `predict` and `evaluate` open them: same ids and counts as the workdir's network."""
+    image, label = scenes.draw("val", 3)
+    examples = [{"image": image, "label": label, "name": "scene"}]
+    for form in ("stablehlo", "onnx"):
+        run = workdirs.load_any(bundle, form=form)
+        assert run.config.data.name == "scenes"
+        assert run.config.model.depth == NARROW["depth"]
+        evaluator = evaluate.Evaluator(run.model, run.spec)
+        scores, (kept,) = evaluator.run(run.variables, examples, keep=1)
+        assert evaluator.programs() == {"network": 1, "other": 0}
+        np.testing.assert_array_equal(kept["prediction"], run.model(image[None])[0])
+        counted = label != 255
+        assert scores["matrix"].sum() == counted.sum()
+        assert scores["PA"] == (kept["prediction"] == label)[counted].mean()
+        assert scores["protocol"].startswith("single scale, whole image at its own size")
+        with pytest.raises(ConfigError, match="--protocol=single"):
+            evaluate.Evaluator(run.model, run.spec, 1, protocols.Protocol(flip=True))
+    with pytest.raises(FileNotFoundError, match="not the workdir of a run"):
+        workdirs.load_any(tmp_path)
+    with pytest.raises(ConfigError, match="holds stablehlo, onnx, not 'tflite'"):
+        workdirs.load_any(bundle, form="tflite")
 
 
 def test_existing_outputs_stay(bundle, workdir):

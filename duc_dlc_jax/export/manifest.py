@@ -96,9 +96,11 @@ def describe(run: workdirs.Run, options: Options) -> dict[str, Any]:
         "labels": json.loads(run.spec.to_json()),
         "evaluation": _evaluation(run),
         "training": {
-            "data": run.config.data.name,
             "step": run.step,
-            "model": run.config.model.to_dict(),
+            "config": {
+                "data": {"name": run.config.data.name, "eval_split": run.config.data.eval_split},
+                "model": run.config.model.to_dict(),
+            },
         },
         "weights": _weights(run.config),
         "versions": {

@@ -207,9 +207,10 @@ class _Graph:
 
     def _resize(self, x: str, shape: tuple, target: tuple, grid: str) -> str:
         """x, [B, C, h, w] here: shape and target are its NHWC sizes, as traced."""
-        if grid == "corners":
+        modes = {"corners": "align_corners", "half_pixel": "half_pixel"}
+        if grid in modes:
             sizes = self._shape(x, target)
-            transform = dict(coordinate_transformation_mode="align_corners")
+            transform = dict(coordinate_transformation_mode=modes[grid])
             return self._node("Resize", x, "", "", sizes, mode="linear", **transform)
         if grid != "stride":
             raise self._refuse(f"the resize grid {grid!r}")

@@ -1,4 +1,4 @@
-"""The model of a bundle in its own runtime: StableHLO by JAX, ONNX by ONNX Runtime.
+"""The model of a bundle in its own runtime: StableHLO by JAX, ONNX by ONNX Runtime or OpenVINO.
 
 As a program, `python -m duc_dlc_jax.export.runtimes FORMAT INPUTS.npz OUTPUTS.npz BUNDLE...`, it
 runs arrays through models in a process that knows nothing of the network; the gate starts it.
@@ -6,8 +6,10 @@ runs arrays through models in a process that knows nothing of the network; the g
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -15,6 +17,7 @@ from duc_dlc_jax.config import ConfigError
 from duc_dlc_jax.data.labels import DataError
 from duc_dlc_jax.export.bundle import Bundle, read
 
+FORMS = ("stablehlo", "onnx", "openvino")
 IMAGE_MEAN = np.array([0.485, 0.456, 0.406], np.float32)  # as in models/layers.py, without JAX
 IMAGE_STD = np.array([0.229, 0.224, 0.225], np.float32)
 
@@ -22,14 +25,17 @@ IMAGE_STD = np.array([0.229, 0.224, 0.225], np.float32)
 def load(bundle: Bundle, form: str = "", threads: int = 0) -> Callable[[np.ndarray], np.ndarray]:
     """Returns images uint8 RGB [B, H, W, 3] -> train ids uint8 [B, H, W] or logits float32.
 
-    form: "stablehlo" or "onnx"; "": the bundle's first. threads: of ONNX Runtime; 0: as many as it
-    likes. Raises ConfigError for a format that the bundle lacks and DataError for a file that its
-    runtime cannot read.
+    form: "stablehlo", "onnx", or "openvino", which runs the same file as "onnx"; "": the bundle's
+    first. threads: of ONNX Runtime and OpenVINO; 0: as many as they like.
+
+    Raises ConfigError for a format that the bundle lacks and for a runtime that is not installed,
+    DataError for a file that its runtime cannot read.
     """
     form = form or bundle.formats[0]
-    if form not in bundle.formats:
+    if form.replace("openvino", "onnx") not in bundle.formats:
         raise ConfigError(f"{bundle.path} holds {', '.join(bundle.formats)}, not {form!r}")
-    run = {"stablehlo": _stablehlo, "onnx": _onnx}[form](bundle, threads)
+    start = (_stablehlo, _onnx, _openvino)[FORMS.index(form)]
+    run = start(bundle, threads)
     floats = bundle.manifest["input"]["dtype"] == "float32"
 
     def infer(images: np.ndarray) -> np.ndarray:
@@ -40,6 +46,19 @@ def load(bundle: Bundle, form: str = "", threads: int = 0) -> Callable[[np.ndarr
         return run(images)
 
     return infer
+
+
+class BundleModel:
+    """A bundle's model as the commands take it in a network's place."""
+
+    def __init__(self, bundle: Bundle, form: str = ""):
+        self.bundle, self.num_classes = bundle, bundle.spec.num_classes
+        self._infer = load(bundle, form)
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        """uint8 RGB [B, H, W, 3] -> train ids uint8 [B, H, W]."""
+        output = self._infer(images)
+        return output if output.ndim == 3 else output.argmax(-1).astype(np.uint8)
 
 
 def check_size(bundle: Bundle, size: tuple[int, ...]) -> None:
@@ -70,13 +89,7 @@ def _stablehlo(bundle: Bundle, threads: int) -> Callable[[np.ndarray], np.ndarra
 
 
 def _onnx(bundle: Bundle, threads: int) -> Callable[[np.ndarray], np.ndarray]:
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise ConfigError(
-            "ONNX models run by onnxruntime, which is not installed: "
-            "pip install 'duc-dlc-jax[export]'"
-        ) from error
+    onnxruntime = _installed("onnxruntime", "'duc-dlc-jax[export]'")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     path = str(bundle.file("onnx"))
@@ -85,6 +98,27 @@ def _onnx(bundle: Bundle, threads: int) -> Callable[[np.ndarray], np.ndarray]:
     except Exception as error:
         raise DataError(f"{path}: not readable: {error}") from error
     return lambda images: np.asarray(session.run(None, {"image": images})[0])
+
+
+def _openvino(bundle: Bundle, threads: int) -> Callable[[np.ndarray], np.ndarray]:
+    openvino = _installed("openvino", "openvino")
+    path, core = str(bundle.file("onnx")), openvino.Core()
+    # OpenVINO would compute in bfloat16 where the processor has it.
+    settings = {"INFERENCE_PRECISION_HINT": "f32"}
+    if threads:
+        settings["INFERENCE_NUM_THREADS"] = str(threads)
+    try:
+        model = core.compile_model(path, "CPU", settings)
+    except RuntimeError as error:
+        raise DataError(f"{path}: not readable: {error}") from error
+    return lambda images: np.array(model(images)[0])
+
+
+def _installed(module: str, package: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ConfigError(f"{module} is not installed: pip install {package}") from error
 
 
 def main(form: str, inputs: str, outputs: str, *paths: str) -> None:
