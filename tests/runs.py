@@ -88,8 +88,11 @@ def environment(devices=1, **extra):
     return os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)} | extra
 
 
-def untrained_workdir(folder: Path, fields: dict, data: str = "scenes") -> Path:
-    """What training leaves, of a network with drawn weights; fields: of config.model."""
+def untrained_workdir(folder: Path, fields: dict, data: str = "scenes", change=None) -> Path:
+    """What training leaves, of a network with drawn weights; fields: of config.model.
+
+    change: from {params, batch_stats} and the configuration to other ones.
+    """
     from duc_dlc_jax import optimizer, train_step, workdirs
     from duc_dlc_jax.checkpoints import Checkpoints
     from duc_dlc_jax.data.labels import label_spec
@@ -103,7 +106,9 @@ def untrained_workdir(folder: Path, fields: dict, data: str = "scenes") -> Path:
     model = segmenter.create(config.model, spec.num_classes)
     workdirs.write(folder, config, spec)
     rule = optimizer.create(config.optimizer, 10)
-    state = train_step.create_state(model, rule, config, random_variables(model))
+    variables = random_variables(model)
+    variables = change(variables, config) if change else variables
+    state = train_step.create_state(model, rule, config, variables)
     with contextlib.closing(Checkpoints(folder)) as saved:
         saved.save(state, 0, config, {"final_score": 0.5})
         saved.wait()

@@ -7,7 +7,6 @@ and a fresh process, as the trained network does; otherwise nothing is written.
 from __future__ import annotations
 
 import dataclasses
-import re
 import shutil
 import sys
 import tempfile
@@ -87,10 +86,7 @@ def _photos(run: workdirs.Run, images: str) -> tuple[list, str]:
 def _size(text: str) -> tuple[int, int] | None:
     if text == "dynamic":
         return None
-    match = re.fullmatch(r"(\d+)x(\d+)", text)
-    if not match:
-        raise ConfigError(f"--size={text}; allowed: dynamic, or HEIGHTxWIDTH as in 480x640")
-    height, width = map(int, match.groups())
+    height, width = cli.parsed_size("size", text)
     if min(height, width) < stablehlo.MIN_SIDE:
         raise ConfigError(f"--size={text}; sides must have at least {stablehlo.MIN_SIDE} pixels")
     return height, width

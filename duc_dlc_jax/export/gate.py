@@ -26,7 +26,7 @@ from duc_dlc_jax.data.builders import scenes
 from duc_dlc_jax.export import bundle as bundles
 from duc_dlc_jax.export import runtimes
 
-TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 1e-1}  # share of the largest logit
+TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}  # share of the largest logit
 SIZES = ((192, 256), (161, 255), (360, 480))  # height, width in pixels, where any size goes
 LATTICE = 8  # pixels between the logits that a bundle keeps
 
@@ -182,6 +182,19 @@ def write_check(path: Path, batches: list[np.ndarray], expected: list[Expected])
     np.savez_compressed(path / bundles.CHECK, **arrays)
 
 
+def read_check(path: Path) -> tuple[list[np.ndarray], list[Expected]]:
+    """Images uint8 [1, H, W, 3] and their expectations, which `write_check` kept."""
+    images, expected = [], []
+    with np.load(path / bundles.CHECK, allow_pickle=False) as arrays:
+        for i in range(sum(name.startswith("image_") for name in arrays.files)):
+            images.append(arrays[f"image_{i}"])
+            ids = arrays[f"ids_{i}"]
+            decided = np.unpackbits(arrays[f"decided_{i}"], count=ids.size).reshape(ids.shape)
+            logits, largest = arrays[f"logits_{i}"], float(arrays[f"largest_{i}"])
+            expected.append(Expected(ids, decided.astype(bool), logits, largest, LATTICE))
+    return images, expected
+
+
 def verify(path: str | Path) -> dict[str, list[dict[str, Any]]]:
     """Repeats a bundle's checks here, from what it holds alone: figures by format.
 
@@ -189,15 +202,7 @@ def verify(path: str | Path) -> dict[str, list[dict[str, Any]]]:
     """
     bundles.check_sums(path)
     bundle = bundles.read(path)
-    with np.load(bundle.path / bundles.CHECK, allow_pickle=False) as arrays:
-        count = sum(name.startswith("image_") for name in arrays.files)
-        images = [arrays[f"image_{i}"] for i in range(count)]
-        expected = []
-        for i in range(count):
-            ids = arrays[f"ids_{i}"]
-            decided = np.unpackbits(arrays[f"decided_{i}"], count=ids.size).reshape(ids.shape)
-            logits, largest = arrays[f"logits_{i}"], float(arrays[f"largest_{i}"])
-            expected.append(Expected(ids, decided.astype(bool), logits, largest, LATTICE))
+    images, expected = read_check(bundle.path)
     tolerance = bundle.manifest["gate"]["tolerance"]
     figures = {}
     for form in bundle.formats:
