@@ -363,6 +363,17 @@ def test_the_commands_take_bundles(bundle, tmp_path):
         workdirs.load_any(bundle, form="tflite")
 
 
+def test_a_gate_that_stays_shut_ends_with_1(monkeypatch, capsys):
+    def shut(argv):
+        raise gate.GateError("the onnx model does not answer")
+
+    monkeypatch.setattr(command, "main", shut)
+    with pytest.raises(SystemExit) as ended:
+        command.guarded([])
+    assert ended.value.code == 1
+    assert "does not answer" in capsys.readouterr().err
+
+
 def test_existing_outputs_stay(bundle, workdir):
     with pytest.raises(ConfigError, match="exists: remove it"):
         command.export(workdirs.load(workdir), bundle, manifest.Options())

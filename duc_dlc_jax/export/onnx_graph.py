@@ -99,12 +99,11 @@ class _Graph:
         self._initializers.append(self._onnx.numpy_helper.from_array(array, name))
         return name
 
-    def _refuse(self, what: str) -> ConfigError:
+    def _refuse(self, what: str, way_out: str = "") -> ConfigError:
         where = self._module or "the network"
         return ConfigError(
             f"ONNX: {what} in {where} has no equivalent in duc_dlc_jax/export/onnx_graph.py. "
-            "Export with --format=stablehlo, which takes every network"
-            + ("" if self._fixed else ", or for one --size=HxW")
+            f"Export with --format=stablehlo, which takes every network{way_out}"
         )
 
     # Walking
@@ -254,7 +253,7 @@ class _Graph:
             return self._targets[grid]
         stride = _stride(grid, self._traced)
         if stride is None:
-            raise self._refuse(f"a resize to {grid} for every size of image")
+            raise self._refuse(f"a grid of {grid} for any image", ", or for one --size=HxW")
         if stride not in self._targets:
             image = self._node("Slice", self._node("Shape", "image"), *self._range(1, 3))
             more = self._node("Add", image, self._constant([stride - 1]))
