@@ -9,6 +9,7 @@ than 2 t L the bundle names that class.
 from __future__ import annotations
 
 import dataclasses
+import os
 import subprocess
 import sys
 import tempfile
@@ -28,6 +29,7 @@ from duc_dlc_jax.export import runtimes
 
 TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}  # share of the largest logit
 SIZES = ((192, 256), (161, 255), (360, 480))  # height, width in pixels, where any size goes
+PHOTOS = (".png", ".jpg", ".jpeg")
 LATTICE = 8  # pixels between the logits that a bundle keeps
 
 
@@ -117,20 +119,27 @@ def _covering(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 def read_photos(folder: str, count: int) -> list[np.ndarray]:
     """The first images of a folder. Raises FileNotFoundError where there are none."""
-    paths = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in (".png", ".jpg"))
+    paths = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in PHOTOS)
     if not paths:
-        raise FileNotFoundError(f"--images={folder}: no .png or .jpg in it")
+        raise FileNotFoundError(f"--images={folder}: none of {', '.join(PHOTOS)} in it")
     return [codec.decode_image(p.read_bytes(), str(p)) for p in paths[:count]]
 
 
 def run_apart(paths: list[Path], form: str, batches: list[np.ndarray]) -> list[list[np.ndarray]]:
-    """The outputs of each bundle's model in a fresh process. Raises GateError where it fails."""
+    """The outputs of each bundle's model in a fresh process. Raises GateError where it fails.
+
+    It shares a GPU with this one, and runs on the CPU where this one holds a TPU.
+    """
+    env = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    if jax.default_backend() == "tpu":
+        env["JAX_PLATFORMS"] = "cpu"
     with tempfile.TemporaryDirectory() as folder:
         files = [str(Path(folder, name)) for name in ("inputs.npz", "outputs.npz")]
         arrays: dict[str, Any] = {f"{i}": batch for i, batch in enumerate(batches)}
         np.savez(files[0], **arrays)
         command = [sys.executable, "-m", "duc_dlc_jax.export.runtimes", form, *files]
-        done = subprocess.run([*command, *map(str, paths)], capture_output=True, text=True)
+        command += map(str, paths)
+        done = subprocess.run(command, capture_output=True, text=True, env=env)
         if done.returncode:
             raise GateError(f"{form} does not run in a fresh process:\n{done.stderr[-2000:]}")
         with np.load(files[1], allow_pickle=False) as results:
