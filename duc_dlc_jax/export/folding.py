@@ -54,17 +54,18 @@ def fold(model: Segmenter, variables: dict[str, Any]) -> tuple[dict[str, Convolu
             convolutions.update(_fold_guidance(module, path, variables))
             image, size = args  # nothing of it needs recording: only its shape
             return jnp.zeros((*image.shape[:1], *size, module.width), image.dtype)
+        if isinstance(module, layers.BatchNorm) and context.method_name == "__call__":
+            for output, name in made:
+                if output is args[0]:
+                    convolutions[name] = _with_bn(convolutions[name], variables, path, module)
+                    included.add(path)
+            return jnp.zeros_like(args[0])  # of another identity: a BN after this one stays
         output = call(*args, **kwargs)
         if isinstance(module, layers.Conv) and context.method_name == "__call__":
             kernel, bias = _weights(variables, path)
             fields = module.stride, module.dilation, module.groups
             convolutions[path] = Convolution(kernel, bias, *fields)
             made.append((output, path))
-        elif isinstance(module, layers.BatchNorm) and context.method_name == "__call__":
-            for before, name in made:
-                if before is args[0]:
-                    convolutions[name] = _with_bn(convolutions[name], variables, path, module)
-                    included.add(path)
         return output
 
     image = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.uint8)
