@@ -1,6 +1,5 @@
 """Tiny runs for tests: the same modules on 64-pixel crops, in this process or as a command."""
 
-import contextlib
 import os
 import socket
 import subprocess
@@ -94,7 +93,6 @@ def untrained_workdir(folder: Path, fields: dict, data: str = "scenes", change=N
     change: from {params, batch_stats} and the configuration to other ones.
     """
     from duc_dlc_jax import optimizer, train_step, workdirs
-    from duc_dlc_jax.checkpoints import Checkpoints
     from duc_dlc_jax.data.labels import label_spec
     from duc_dlc_jax.models import segmenter
     from networks import random_variables
@@ -104,14 +102,11 @@ def untrained_workdir(folder: Path, fields: dict, data: str = "scenes", change=N
     config.model.update(fields)
     spec = label_spec(data)
     model = segmenter.create(config.model, spec.num_classes)
-    workdirs.write(folder, config, spec)
-    rule = optimizer.create(config.optimizer, 10)
     variables = random_variables(model)
     variables = change(variables, config) if change else variables
+    rule = optimizer.create(config.optimizer, 10)
     state = train_step.create_state(model, rule, config, variables)
-    with contextlib.closing(Checkpoints(folder)) as saved:
-        saved.save(state, 0, config, {"final_score": 0.5})
-        saved.wait()
+    workdirs.create(folder, config, spec, state)
     return folder
 
 

@@ -44,6 +44,7 @@ NETWORKS = {  # fields of config.model beside NARROW
         "upsampling": "pixel_shuffle",
         "context": "aspp",
         "context_width": 8,
+        "resize_grid": "half_pixel",
     },
 }
 SMALL, ODD = (64, 96), (61, 45)
@@ -270,6 +271,23 @@ def test_a_bundle_says_what_it_is(bundle, workdir):
     image = np.stack(images_of(SMALL))
     ids = [runtimes.load(read, form)(image) for form in read.formats]
     assert (ids[0] == ids[1]).mean() > 0.999
+
+
+@pytest.mark.parametrize(
+    ("weights", "source", "licence", "origin"),
+    [
+        ("deeplabv3_resnet50", "torchvision", "BSD-3-Clause", "trained on COCO"),
+        ("some/where/backbone.npz", "keras_v1", "MIT, as published", "Keras ResNet v1"),
+        ("some/where/backbone.npz", "", "unknown", "unknown"),
+    ],
+)
+def test_the_licence_of_the_first_weights_goes_along(weights, source, licence, origin):
+    c = config_lib.default()
+    c.init.update({"weights": weights, "source": source})
+    said = manifest._weights(c)
+    assert said["licence"] == licence
+    assert origin in said["origin"]
+    assert "/" not in said["file"]
 
 
 def test_one_flipped_bit_is_noticed(bundle, tmp_path):

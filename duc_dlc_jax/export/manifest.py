@@ -16,7 +16,7 @@ from duc_dlc_jax import protocols, workdirs
 from duc_dlc_jax.config import ConfigError
 from duc_dlc_jax.export import bundle as bundles
 from duc_dlc_jax.export import stablehlo
-from duc_dlc_jax.models import layers, pretrained
+from duc_dlc_jax.models import layers, pretrained, weights
 
 INPUTS = {
     "uint8": "RGB, 0..255",
@@ -141,11 +141,13 @@ def _weights(config: Any) -> dict[str, Any]:
     """Where the backbone's first weights came from."""
     if not config.init.weights:
         return {"file": None, "origin": "trained from scratch", "licence": "the trainer's"}
-    name = config.init.source or pretrained.DEFAULT_SOURCE
-    source = pretrained.SOURCES.get(name)
+    known = weights.TABLE.get(config.init.weights)
+    if known:
+        origin, licence = f"{known.owner}, trained on {known.data}", known.licence
+        return {"file": known.file, "url": known.url, "origin": origin, "licence": licence}
+    source = pretrained.SOURCES.get(config.init.source)
     return {
         "file": Path(config.init.weights).name,
-        "source": name,
-        "origin": getattr(source, "note", "unknown"),
-        "licence": getattr(source, "licence", "unknown"),
+        "origin": source.note if source else "unknown: config.init.source is empty",
+        "licence": f"{source.licence}, as published" if source else "unknown",
     }
