@@ -3,21 +3,21 @@
 PYTHON ?= python3
 VENV ?= .venv
 # PyTorch serves the parity tests alone and is tested on Python 3.11; without it they are skipped.
-EXTRAS ?= $(shell $(PYTHON) -c 'import sys; print("dev,torch" if sys.version_info[:2] == (3, 11) else "dev")')
+EXTRAS ?= $(shell $(PYTHON) -c 'import sys; print("dev,export,torch" if sys.version_info[:2] == (3, 11) else "dev,export")')
 PYTEST_ARGS ?= -n 2 --dist loadfile
 
 comma := ,
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
 PYTEST := $(BIN)/python -m pytest
-SOURCES := duc_dlc_jax configs tests
+SOURCES := duc_dlc_jax configs examples tests
 
 # Compiled programs are kept between runs; tests compile many small ones, hence no minimum time.
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
-.PHONY: help install demo test test-parity test-fault test-multiprocess test-browser test-installed test-real-data test-all lint format bench clean
+.PHONY: help install demo test test-parity test-fault test-multiprocess test-browser test-installed test-export test-real-data test-all conversion lint format bench clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -37,7 +37,7 @@ demo: install  ## draw street scenes, train a small network on them, evaluate it
 	$(BIN)/python -m duc_dlc_jax.main --config=configs/demo.py --workdir=runs/demo
 
 test: install  ## the fast suite
-	$(PYTEST) -m "not parity and not fault and not multiprocess and not browser and not installed and not real_data" $(PYTEST_ARGS)
+	$(PYTEST) -m "not parity and not fault and not multiprocess and not browser and not installed and not export and not real_data" $(PYTEST_ARGS)
 
 test-parity: install  ## the deep and wide networks against PyTorch
 	$(PYTEST) -m parity
@@ -54,10 +54,16 @@ test-browser: install  ## the report; needs the programs chromium and chromedriv
 test-installed: install  ## the built wheel; DUC_DLC_OTHER_PYTHON: checkpoints of two versions
 	$(PYTEST) -m installed
 
+test-export: install  ## deep networks as bundles, and the C++ example: needs cmake and a compiler
+	$(PYTEST) -m export
+
 test-real-data: install  ## needs DUC_DLC_SHARED_DATA, see CONTRIBUTING.md
 	$(PYTEST) -m real_data
 
-test-all: test test-parity test-fault test-multiprocess test-browser test-installed test-real-data  ## every suite
+test-all: test test-parity test-fault test-multiprocess test-browser test-installed test-export test-real-data  ## every suite
+
+conversion: install  ## the rows of the matrix in docs/conversion.md
+	@$(PYTEST) -q -s -m "parity or export" tests/test_layouts.py tests/test_export_deep.py | grep "^|"
 
 lint: install  ## ruff and pyright
 	$(BIN)/ruff check $(SOURCES)

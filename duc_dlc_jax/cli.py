@@ -38,6 +38,14 @@ def _ours_or_serious(record: py_logging.LogRecord) -> bool:
     return record.levelno >= py_logging.WARNING or "duc_dlc_jax" in record.pathname
 
 
+def parsed_size(flag: str, text: str) -> tuple[int, int]:
+    """(height, width) of "1024x2048". Raises ConfigError, naming the flag, for what is none."""
+    height, x, width = text.partition("x")
+    if not (x and height.isdigit() and width.isdigit()):
+        raise config_lib.ConfigError(f"--{flag}={text}; it is HEIGHTxWIDTH, 1024x2048")
+    return int(height), int(width)
+
+
 def fail(error: Exception) -> NoReturn:
     print(f"error: {error}", file=sys.stderr)
     sys.exit(2)

@@ -13,10 +13,13 @@ from absl import flags, logging
 from jax.experimental import multihost_utils
 
 from duc_dlc_jax import boundaries, cli, metrics, pictures, progress, protocols, report, workdirs
+from duc_dlc_jax.config import ConfigError
 from duc_dlc_jax.data import pipeline
 from duc_dlc_jax.data.labels import LabelSpec
 from duc_dlc_jax.data.records import Records, open_records
-from duc_dlc_jax.labelling import Predictor
+from duc_dlc_jax.export.bundle import is_bundle
+from duc_dlc_jax.export.runtimes import FORMS, BundleModel
+from duc_dlc_jax.labelling import make_predictor
 from duc_dlc_jax.models.segmenter import Segmenter
 
 HEADLINE = ("PA", "mPA", "mIoU", "fwIoU", "final_score")
@@ -31,13 +34,13 @@ class Evaluator:
 
     def __init__(
         self,
-        model: Segmenter,
+        model: Segmenter | BundleModel,
         spec: LabelSpec,
         batch_per_device: int = 1,
         protocol: protocols.Protocol | None = None,
         boundary: bool = False,
     ):
-        self.predictor = Predictor(model, protocol, batch_per_device)
+        self.predictor = make_predictor(model, protocol, batch_per_device)
         self._spec, self._boundary = spec, boundary
         self.protocol, self.programs = self.predictor.protocol, self.predictor.programs
 
@@ -157,10 +160,14 @@ def scalars(scores: dict[str, Any], spec: LabelSpec) -> dict[str, float]:
     return named | {f"val_iou/{name}": float(iou) for name, iou in per_class}
 
 
-def open_run(args: Any) -> tuple[workdirs.Run, Records]:
-    """The run and the split that the flags name: workdir, checkpoint, data_dir, split."""
-    cli.use_compilation_cache(Path(args.workdir))
-    run = workdirs.load(args.workdir, args.checkpoint)
+def open_run(args: Any, path: str, form: str = "") -> tuple[workdirs.Run, Records]:
+    """The run or bundle at `path`, and the split that the flags name: checkpoint, data_dir, split.
+
+    form: of a bundle, see `workdirs.load_any`.
+    """
+    if not is_bundle(path):  # which stays as it is
+        cli.use_compilation_cache(Path(path))
+    run = workdirs.load_any(path, args.checkpoint, form)
     data = run.config.data
     if args.data_dir:
         data.dir = args.data_dir
@@ -183,14 +190,19 @@ def compared(results: dict[str, dict[str, Any]]) -> str:
 
 def main(_) -> None:
     args = flags.FLAGS
-    run, records = open_run(args)
+    path = args.workdir or args.model
+    if bool(args.workdir) == bool(args.model):
+        raise ConfigError("either --workdir=DIR, or --model=BUNDLE or workdir")
+    if args.pictures and is_bundle(path):
+        raise ConfigError(f"--pictures writes into a workdir; {path} is a bundle")
+    run, records = open_run(args, path, args.format)
     evaluators = {}
     for name in args.protocol or ["config.eval"]:
         config = protocols.select(run.config, name if args.protocol else "", args.set)
         chosen = protocols.Protocol.from_config(config).planned(records.sizes())
         batch = config.eval.batch_size
         evaluators[name] = Evaluator(run.model, run.spec, batch, chosen, args.boundary)
-    print(f"checkpoint of step {run.step} in {args.workdir}")
+    print(f"checkpoint of step {run.step} in {path}")
     results, images = {}, report.ImageScores(len(records), run.spec.num_classes)
     for name, evaluator in evaluators.items():
         first = not results
@@ -207,7 +219,7 @@ def main(_) -> None:
         programs = evaluator.programs()
         print("compiled: {network} programs with the network, {other} small".format(**programs))
         if kept:
-            folder = Path(args.workdir) / "pictures" / f"evaluate-{run.step}"
+            folder = Path(path) / "pictures" / f"evaluate-{run.step}"
             pictures.write_triples(folder, kept, run.spec)
             logging.info("pictures in %s", folder)
     if len(evaluators) > 1:
@@ -242,10 +254,10 @@ def write_report(args, run, records, evaluator, results, images: report.ImageSco
     shown = [report.picture(labelled[r], group, classes) for r, group in groups.items()]
     data = report.page_data(
         f"{run.spec.name}, {split}",
-        f"Evaluation of step {run.step} in {Path(args.workdir).name}, {len(records):,} images",
+        f"Evaluation of step {run.step} in {run.workdir.name}, {len(records):,} images",
         run.spec,
         results,
-        report.curves(Path(args.workdir) / "metrics.jsonl"),
+        report.curves(run.workdir / "metrics.jsonl"),
         mious,
         shown,
     )
@@ -260,7 +272,9 @@ def write_json(path: Path, run: workdirs.Run, results: dict[str, dict[str, Any]]
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("workdir", None, "What training wrote.", required=True)
+    flags.DEFINE_string("workdir", "", "What training wrote.")
+    flags.DEFINE_string("model", "", "A bundle, or as --workdir.")
+    flags.DEFINE_enum("format", "", ["", *FORMS], "Of a bundle; default: its first.")
     flags.DEFINE_string("checkpoint", "best", "best, latest or a step.")
     flags.DEFINE_string("split", "", "Default: the configuration's data.eval_split.")
     flags.DEFINE_string("data_dir", "", "Default: the configuration's data.dir.")

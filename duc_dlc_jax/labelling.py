@@ -14,7 +14,9 @@ import jax
 import numpy as np
 
 from duc_dlc_jax import protocols, sharding
+from duc_dlc_jax.config import ConfigError
 from duc_dlc_jax.data.labels import IGNORE
+from duc_dlc_jax.export.runtimes import BundleModel
 from duc_dlc_jax.inference import Labeller
 from duc_dlc_jax.models.segmenter import Segmenter
 
@@ -89,3 +91,48 @@ def _batches_of_one_size(examples, batch_size, padded_size):
             yield list(group)
             group.clear()
     yield from (group for group in waiting.values() if group)
+
+
+class BundlePredictor:
+    """`Predictor` of a bundle: whole images at their own size, one by one, in its runtime."""
+
+    def __init__(self, model: BundleModel, protocol: protocols.Protocol | None = None):
+        """Raises ConfigError for a protocol that looks at parts or other sizes of an image."""
+        self.protocol = protocol or protocols.Protocol()
+        if not self.protocol.direct:
+            raise ConfigError(
+                f"{model.bundle.path} is a bundle, which labels whole images at their own size: "
+                "--protocol=single. Other protocols take the workdir"
+            )
+        self._model, self._sizes = model, set()
+        self.compiling = (0.0, 0)
+
+    def batches(
+        self, variables: dict[str, Any], examples: Iterable[dict[str, Any]]
+    ) -> Iterator[tuple[list[dict[str, Any]], np.ndarray]]:
+        """As `Predictor.batches`, of one example each and in their order; variables: not read."""
+        classes = self._model.num_classes
+        for example in examples:
+            size, start = example["image"].shape[:2], time.monotonic()
+            ids = self._model(example["image"][None])[0]
+            if size not in self._sizes:
+                self._sizes.add(size)
+                seconds, images = self.compiling
+                self.compiling = (seconds + time.monotonic() - start, images + 1)
+            matrix = np.zeros((classes, classes), np.int32)
+            if "label" in example:
+                counted = example["label"] != IGNORE
+                cells = example["label"][counted].astype(np.int64) * classes + ids[counted]
+                matrix += np.bincount(cells, minlength=classes**2).reshape(matrix.shape)
+            yield [dict(example, prediction=ids)], matrix
+
+    def programs(self) -> dict[str, int]:
+        return {"network": len(self._sizes), "other": 0}
+
+
+def make_predictor(
+    model: Segmenter | BundleModel, protocol: protocols.Protocol | None, batch_per_device: int
+) -> Predictor | BundlePredictor:
+    if isinstance(model, BundleModel):
+        return BundlePredictor(model, protocol)
+    return Predictor(model, protocol, batch_per_device)

@@ -1,4 +1,6 @@
-"""`python -m duc_dlc_jax.predict --model=WORKDIR --input=PATH --output=DIR`: labels of pictures.
+"""`python -m duc_dlc_jax.predict --model=MODEL --input=PATH --output=DIR`: labels of pictures.
+
+MODEL is the workdir of a run, or a bundle that `duc_dlc_jax.export` wrote.
 
 --input is an image, a video, a folder of them or a pattern in quotes, and may be given repeatedly.
 By default an image NAME becomes
@@ -37,7 +39,9 @@ from duc_dlc_jax.data import drawing, inputs
 from duc_dlc_jax.data.builders.examples import in_threads
 from duc_dlc_jax.data.inputs import Input, Video
 from duc_dlc_jax.data.labels import DataError, LabelSpec
-from duc_dlc_jax.labelling import Predictor
+from duc_dlc_jax.export.bundle import is_bundle
+from duc_dlc_jax.export.runtimes import FORMS
+from duc_dlc_jax.labelling import BundlePredictor, Predictor, make_predictor
 
 OUTPUTS = ("ids", "colour", "overlay", "shares", "legend")
 OF_VIDEOS = ("overlay", "shares", "legend")  # unless --outputs names others
@@ -124,7 +128,7 @@ class FrameWriter:
 class Labelling:
     """A network under a protocol, and the problems it met."""
 
-    predictor: Predictor
+    predictor: Predictor | BundlePredictor
     variables: dict[str, Any]
     problems: list[str] = dataclasses.field(default_factory=list)
 
@@ -211,7 +215,7 @@ def _frames(source: Input) -> int:
         return 0
 
 
-def throughput(done: int, seconds: float, predictor: Predictor) -> str:
+def throughput(done: int, seconds: float, predictor: Predictor | BundlePredictor) -> str:
     """How fast it went, the first batch of each program apart: it waits for the compiler."""
     slow, images = predictor.compiling
     text = f"{done} images in {seconds:.1f} s"
@@ -225,14 +229,16 @@ def throughput(done: int, seconds: float, predictor: Predictor) -> str:
 
 def main(_) -> None:
     args = flags.FLAGS
-    cli.use_compilation_cache(Path(args.model))
+    if not is_bundle(args.model):  # which stays as it is
+        cli.use_compilation_cache(Path(args.model))
     output = Path(args.output)
     found = inputs.find(args.input, output)
-    run = workdirs.load(args.model, args.checkpoint)
+    run = workdirs.load_any(args.model, args.checkpoint, args.format)
     config = protocols.select(run.config, args.protocol, args.set)
     sizes = [size for size in in_threads(Input.size, found) if size]
     protocol = protocols.Protocol.from_config(config).planned(sizes)
-    labelling = Labelling(Predictor(run.model, protocol, config.eval.batch_size), run.variables)
+    predictor = make_predictor(run.model, protocol, config.eval.batch_size)
+    labelling = Labelling(predictor, run.variables)
     wanted = functools.partial(Writer, output, spec=run.spec, opacity=args.opacity)
     start = time.monotonic()
     images = wanted(outputs=tuple(args.outputs or OUTPUTS))
@@ -248,7 +254,8 @@ def main(_) -> None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("model", None, "The workdir of a run.", required=True)
+    flags.DEFINE_string("model", None, "The workdir of a run, or a bundle.", required=True)
+    flags.DEFINE_enum("format", "", ["", *FORMS], "Of a bundle; default: its first.")
     flags.DEFINE_multi_string("input", None, "Image, video, folder or pattern.", required=True)
     flags.DEFINE_string("output", None, "Folder for the results.", required=True)
     flags.DEFINE_string("checkpoint", "best", "best, latest or a step.")

@@ -97,7 +97,7 @@ def check_archive(path: Path, spec: LabelSpec, sizes: dict[str, tuple[int, int]]
 
 def main(_) -> None:
     args = flags.FLAGS
-    run, records = open_run(args)
+    run, records = open_run(args, args.workdir)
     config = protocols.select(run.config, args.protocol, args.set)
     protocol = protocols.Protocol.from_config(config).planned(records.sizes())
     evaluator = Evaluator(run.model, run.spec, config.eval.batch_size, protocol)

@@ -238,6 +238,7 @@ def _next_commands(workdir: Path, saved: checkpoints.Checkpoints) -> str:
             f"evaluate         python -m duc_dlc_jax.evaluate --workdir={workdir}",
             "predict          python -m duc_dlc_jax.predict "
             f"--model={workdir} --input=IMAGE_OR_FOLDER --output=predictions",
+            f"export           python -m duc_dlc_jax.export --workdir={workdir} --output=BUNDLE",
             f"curves           tensorboard --logdir={workdir}",
         ]
     )

@@ -8,6 +8,7 @@ parameters.txt    parameters by name and shape    pictures/     image | label | 
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +17,26 @@ import ml_collections
 from duc_dlc_jax import checkpoints, sharding
 from duc_dlc_jax import config as config_lib
 from duc_dlc_jax.data.labels import LabelSpec
+from duc_dlc_jax.export import bundle as bundles
+from duc_dlc_jax.export import runtimes
 from duc_dlc_jax.models import segmenter
 from duc_dlc_jax.train_step import TrainState
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A trained network: `model.apply(variables, images)` gives logits, `spec` has the classes."""
+    """A trained network: `model.apply(variables, images)` gives logits, `spec` has the classes.
+
+    Of a bundle the model is called with images alone, and the configuration says its network, data
+    set and evaluation split, and is the default elsewhere.
+    """
 
     config: ml_collections.ConfigDict
     spec: LabelSpec
-    model: segmenter.Segmenter
-    variables: dict[str, Any]  # {params, batch_stats}, on every device
+    model: Any  # a Segmenter, or of a bundle a BundleModel
+    variables: dict[str, Any]  # {params, batch_stats}, on every device; of a bundle {}
     step: int
+    workdir: Path
 
 
 def write(workdir: Path, config: ml_collections.ConfigDict, spec: LabelSpec) -> None:
@@ -105,4 +113,18 @@ def load(workdir: str | Path, checkpoint: str = "best") -> Run:
         variables = saved.restore_variables(step, everywhere)
     finally:
         saved.close()
-    return Run(config, spec, model, variables, step)
+    return Run(config, spec, model, variables, step, workdir)
+
+
+def load_any(path: str | Path, checkpoint: str = "best", form: str = "") -> Run:
+    """The network of a workdir, or the model of a bundle in the format `form` ("": its first).
+
+    Raises FileNotFoundError for a folder that is neither.
+    """
+    if not bundles.is_bundle(path):
+        return load(path, checkpoint)
+    bundle = bundles.read(path)
+    training = bundle.manifest["training"]
+    config = config_lib.from_json(json.dumps(training["config"]))
+    model = runtimes.BundleModel(bundle, form)
+    return Run(config, bundle.spec, model, {}, training["step"], bundle.path)

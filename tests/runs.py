@@ -87,6 +87,29 @@ def environment(devices=1, **extra):
     return os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)} | extra
 
 
+def untrained_workdir(folder: Path, fields: dict, data: str = "scenes", change=None) -> Path:
+    """What training leaves, of a network with drawn weights; fields: of config.model.
+
+    change: from {params, batch_stats} and the configuration to other ones.
+    """
+    from duc_dlc_jax import optimizer, train_step, workdirs
+    from duc_dlc_jax.data.labels import label_spec
+    from duc_dlc_jax.models import segmenter
+    from networks import random_variables
+
+    config = config_lib.default()
+    config.data.update({"name": data, "dir": str(folder / "nothing")})
+    config.model.update(fields)
+    spec = label_spec(data)
+    model = segmenter.create(config.model, spec.num_classes)
+    variables = random_variables(model)
+    variables = change(variables, config) if change else variables
+    rule = optimizer.create(config.optimizer, 10)
+    state = train_step.create_state(model, rule, config, variables)
+    workdirs.create(folder, config, spec, state)
+    return folder
+
+
 def free_port() -> int:
     with socket.socket() as s:
         s.bind(("localhost", 0))

@@ -49,6 +49,14 @@ def test_every_command_works_in_an_empty_folder(site, scenes_dir, tmp_path, monk
     Image.new("RGB", (64, 48)).save("black.png")
     module("predict", "--model=run", "--input=black.png", "--output=out")
     assert Image.open("out/ids/black.png").size == (64, 48)
+    module("export", "--workdir=run", "--output=bundle", "--format=stablehlo")
+    assert "answers as the trained network" in module("export", "--verify=bundle")
+    module("predict", "--model=bundle", "--input=black.png", "--output=again")
+    assert Image.open("again/ids/black.png").size == (64, 48)
+    again = module("evaluate", "--model=bundle", f"--data_dir={scenes_dir}", "--json=again.json")
+    assert "single scale, whole image" in again
+    scores, again = (json.loads(Path(f"{name}.json").read_text()) for name in ("scores", "again"))
+    assert again["mIoU"] == pytest.approx(scores["mIoU"], abs=1e-4)
     figures = json.loads(module("describe", "--config=configs/ade20k.py", "--json"))
     assert sum(figures["parameters"].values()) == 35_927_638
 

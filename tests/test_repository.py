@@ -77,6 +77,7 @@ def test_every_dependency_has_a_reason_in_contributing():
 
 def test_every_import_is_declared():
     required = {canonical(d) for d in REQUIRED}
+    optional = {canonical(d) for d in EXTRAS["export"]}  # imported where they are needed, late
     for path in sorted((ROOT / "duc_dlc_jax").rglob("*.py")):
         extra = EXTRAS_BY_FILE.get(path.relative_to(ROOT).as_posix())
         declared = required | {canonical(d) for d in EXTRAS.get(extra, ())}
@@ -92,7 +93,8 @@ def test_every_import_is_declared():
                     continue
                 name = IMPORT_NAMES.get(top, canonical(top))
                 where = f"{path}:{node.lineno}"
-                assert name in declared, f"{where} imports {top}, an undeclared package"
+                late = node.col_offset > 0 and name in optional
+                assert name in declared or late, f"{where} imports {top}, an undeclared package"
 
 
 def test_every_dependency_is_constrained_on_every_python():

@@ -69,7 +69,7 @@ def show_rates(what: str, r: dict[str, Any]) -> None:
 
 def rates(args: Any, kinds: list[str]) -> dict[str, Any]:
     """Runs and prints `train` and `infer`."""
-    size = parsed_size("size", args.size) if args.size else None
+    size = cli.parsed_size("size", args.size) if args.size else None
     work, result = model.Work(args.config, size), {}
     print("{devices} x {device}, {dtype}, {classes} classes, JAX {jax}".format(**work.conditions()))
     with contextlib.ExitStack() as stack:
@@ -134,17 +134,10 @@ def measure_layers(args: Any) -> dict[str, Any]:
     return {"layers": rows, "losses": lost, "device": jax.devices()[0].device_kind}
 
 
-def parsed_size(flag: str, text: str) -> tuple[int, int]:
-    height, x, width = text.partition("x")
-    if not (x and height.isdigit() and width.isdigit()):
-        raise config_lib.ConfigError(f"--{flag}={text}; it is HEIGHTxWIDTH, 1024x2048")
-    return int(height), int(width)
-
-
 def measure_evaluation(args: Any) -> dict[str, Any]:
     """Runs and prints `--evaluate`."""
     config = protocols.select(args.config, args.protocol, args.set)
-    result = model.evaluation(config, parsed_size("evaluate", args.evaluate), args.steps)
+    result = model.evaluation(config, cli.parsed_size("evaluate", args.evaluate), args.steps)
     print("{device}, image {image}, {classes} classes: {protocol}".format(**result))
     print("{seconds:.2f} s, {images_per_second:.3f} images/s; programs {programs}".format(**result))
     print(f"most memory of the process: {result['peak_process_bytes'] / 2**30:.2f} GiB")

@@ -14,6 +14,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 
@@ -177,6 +178,7 @@ def _convolve_backward(stride, dilation, groups, weight_gradient, saved, dy):
 convolve.defvjp(_convolve_forward, _convolve_backward)
 
 
+@jax.jit  # keeps its name in a traced network, where the export finds it
 def max_pool(x: jax.Array) -> jax.Array:
     """3x3 maximum, stride 2, padding 1: [B, H, W, C] -> [B, ceil(H / 2), ceil(W / 2), C].
 
@@ -354,14 +356,45 @@ def resize_bilinear(
         return x
     if all(x.shape[axis + 1] == size[axis] for axis in axes):
         return x
+    if any(map(jax.export.is_symbolic_dim, (*x.shape[1:3], *size))):
+        return _resized(x, size, grid, step, axes)
+    return _RESIZE[grid](x, size=tuple(size), step=step, axes=tuple(axes))
+
+
+def _resized(x, size, grid, step, axes):
     for axis in axes:  # rows and batch stay apart: either may be split over devices
         lead, tail = x.shape[: axis + 1], x.shape[axis + 2 :]
-        matrix = interpolation_matrix(x.shape[axis + 1], size[axis], grid, step).astype(x.dtype)
+        sizes = x.shape[axis + 1], size[axis]
+        if any(map(jax.export.is_symbolic_dim, sizes)):
+            matrix = traced_interpolation_matrix(*sizes, grid, step).astype(x.dtype)
+        else:
+            matrix = interpolation_matrix(*sizes, grid, step).astype(x.dtype)
         y = x.reshape(*lead, x.shape[axis + 1], math.prod(tail))
         weights = jnp.broadcast_to(matrix[(None,) * len(lead)], (*lead, *matrix.shape))
         y = jnp.einsum("...oi,...ic->...oc", weights, y, precision=jax.lax.Precision.HIGHEST)
         x = y.reshape(*lead, size[axis], *tail)
     return x
+
+
+def _named_resize(grid: str) -> Callable:
+    """`_resized` with the name `resize_GRID` in a traced network, where the export finds it."""
+
+    def resize(x, size, step, axes):
+        return _resized(x, size, grid, step, axes)
+
+    resize.__name__ = f"resize_{grid}"
+    return jax.jit(resize, static_argnames=("size", "step", "axes"))
+
+
+_RESIZE = {grid: _named_resize(grid) for grid in ("corners", "stride", "half_pixel")}
+
+
+def traced_interpolation_matrix(size_in: Any, size_out: Any, grid: str, step: float) -> jax.Array:
+    """`interpolation_matrix` of sizes that are not known yet: symbols."""
+    sizes = jnp.asarray([size_in]), jnp.asarray([size_out])
+    low, fraction = (x[0, :, None] for x in interpolation_positions(*sizes, size_out, grid, step))
+    cell = jnp.arange(size_in)[None]
+    return jnp.where(cell == low, 1 - fraction, 0) + jnp.where(cell == low + 1, fraction, 0)
 
 
 def valid_sizes(valid: jax.Array, size: Sequence[int], grid: Sequence[int]) -> jax.Array:
@@ -387,6 +420,12 @@ def zero_beyond(x: jax.Array, sizes: jax.Array) -> jax.Array:
     return jnp.where(cells_within(sizes, x.shape[1:3]), x, 0)
 
 
+@jax.jit  # keeps its name, as `max_pool` does
+def image_mean(x: jax.Array) -> jax.Array:
+    """[B, H, W, C] -> [B, 1, 1, C]."""
+    return x.mean((1, 2), keepdims=True)
+
+
 def mean_of_valid(
     x: jax.Array, valid_sizes: Callable[[Sequence[int]], jax.Array] | None
 ) -> jax.Array:
@@ -396,7 +435,7 @@ def mean_of_valid(
     """
     wide = x.astype(parameter_dtype(x.dtype))
     if valid_sizes is None:
-        return wide.mean((1, 2), keepdims=True).astype(x.dtype)
+        return image_mean(wide).astype(x.dtype)
     sizes = valid_sizes(x.shape[1:3])
     total = zero_beyond(wide, sizes).sum((1, 2), keepdims=True)
     return (total / sizes.prod(1)[:, None, None, None]).astype(x.dtype)

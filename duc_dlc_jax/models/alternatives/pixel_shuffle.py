@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 
+@functools.partial(jax.jit, static_argnames="ratio")  # keeps its name, as `layers.max_pool` does
 def pixel_shuffle(x: jax.Array, ratio: int) -> jax.Array:
     """[B, h, w, r * r * C] -> [B, r h, r w, C]: channel (i r + j) C + c goes to cell (i, j)."""
     batch, height, width, channels = x.shape

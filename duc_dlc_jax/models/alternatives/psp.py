@@ -55,6 +55,6 @@ def _returning(sizes: jax.Array, bins: int, cells: int) -> jax.Array:
 
 def _both_axes(x: jax.Array, matrices: Sequence[jax.Array]) -> jax.Array:
     """[B, H, W, C] with [B, h, H] and [B, w, W] -> [B, h, w, C] in x's dtype; sums are wider."""
-    rows, columns = (jnp.broadcast_to(m, (len(x), *m.shape[1:])) for m in matrices)
+    rows, columns = (jnp.broadcast_to(m, (x.shape[0], *m.shape[1:])) for m in matrices)
     y = jnp.einsum("bhy,bwx,byxc->bhwc", rows, columns, x, precision="highest")
     return y.astype(x.dtype)
