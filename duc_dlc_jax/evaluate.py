@@ -13,6 +13,7 @@ from absl import flags, logging
 from jax.experimental import multihost_utils
 
 from duc_dlc_jax import boundaries, cli, metrics, pictures, progress, protocols, report, workdirs
+from duc_dlc_jax.config import ConfigError
 from duc_dlc_jax.data import pipeline
 from duc_dlc_jax.data.labels import LabelSpec
 from duc_dlc_jax.data.records import Records, open_records
@@ -164,7 +165,15 @@ def open_run(args: Any) -> tuple[workdirs.Run, Records]:
     data = run.config.data
     if args.data_dir:
         data.dir = args.data_dir
-    return run, open_records(data, args.split or data.eval_split)
+    records = open_records(data, args.split or data.eval_split)
+    if records.spec.classes != run.spec.classes:
+        raise ConfigError(
+            f"{records.folder} was prepared with {records.spec.num_classes} classes "
+            f"({', '.join(records.spec.classes[:3])}, ...), {args.workdir} labels "
+            f"{run.spec.num_classes} ({', '.join(run.spec.classes[:3])}, ...): give another "
+            "--data_dir, or rebuild the network with python -m duc_dlc_jax.surgery classes"
+        )
+    return run, records
 
 
 def compared(results: dict[str, dict[str, Any]]) -> str:

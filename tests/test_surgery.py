@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import logging
 import sys
@@ -13,7 +14,17 @@ import numpy as np
 import pytest
 
 from duc_dlc_jax import config as config_lib
-from duc_dlc_jax import grafting, optimizer, statistics, surgery, train, train_step, workdirs
+from duc_dlc_jax import (
+    evaluate,
+    grafting,
+    optimizer,
+    plans,
+    statistics,
+    surgery,
+    train,
+    train_step,
+    workdirs,
+)
 from duc_dlc_jax.checkpoints import Checkpoints
 from duc_dlc_jax.config import ConfigError
 from duc_dlc_jax.data.labels import label_spec
@@ -191,6 +202,14 @@ def test_training_starts_from_a_checkpoint(trained, scenes_dir, tmp_path, caplog
     assert "drawn anew: none" in caplog.text
 
 
+def test_fit_plans_the_network_of_the_run_it_starts_from(trained):
+    workdir, _ = trained
+    draft = plans._Draft({"init.checkpoint": str(workdir)})
+    plans._network(draft, plans.Machine("cpu", "cpu", 1, 2**30, 2**30, 2))
+    assert draft.config.model == workdirs.load(workdir).config.model
+    assert draft.config.init.checkpoint == str(workdir.resolve())
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -245,6 +264,14 @@ def test_too_few_checkpoints_and_no_average(trained, scenes_dir, tmp_path):
     write_run(tmp_path / "plain", config_of(scenes_dir), seeds=(0,))
     with pytest.raises(ConfigError, match="ema_decay is 0"):
         surgery.ema(tmp_path / "plain", tmp_path / "new")
+
+
+def test_data_of_other_classes_are_refused(scenes_dir, tmp_path):
+    backwards = dataclasses.replace(SPEC, classes=SPEC.classes[::-1])
+    write_run(tmp_path, config_of(scenes_dir), seeds=(0,), spec=backwards)
+    args = SimpleNamespace(workdir=tmp_path, checkpoint="best", data_dir="", split="")
+    with pytest.raises(ConfigError, match=r"8 classes \(sky, .*labels 8 \(sign, .*surgery classes"):
+        evaluate.open_run(args)
 
 
 class Flags(dict):
