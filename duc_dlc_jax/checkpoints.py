@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import ml_collections
+import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
@@ -20,6 +21,12 @@ SCORE = "final_score"
 def _score(metrics: dict[str, float]) -> float:
     value = metrics.get(SCORE, math.nan)
     return -math.inf if math.isnan(value) else value
+
+
+def _path(keys) -> str:
+    """ "params/backbone/..." of a tree's path."""
+    names = (getattr(k, "key", getattr(k, "name", getattr(k, "idx", k))) for k in keys)
+    return "/".join(map(str, names))
 
 
 class Checkpoints:
@@ -51,6 +58,32 @@ class Checkpoints:
                 "config": ocp.JsonCheckpointHandler(),
             },
         )
+
+    def steps(self) -> list[int]:
+        """Of the checkpoints that are there, ascending."""
+        return sorted(self._manager.all_steps())
+
+    def named_step(self, name: str) -> int:
+        """The step of "best", "latest" or a number ("1000").
+
+        Raises ConfigError for another name and FileNotFoundError without checkpoints.
+        """
+        named = {"best": self.best_step, "latest": self.latest_step}
+        if name not in named and not name.isdigit():
+            raise ConfigError(f"checkpoint {name!r}; allowed: best, latest, a step")
+        step = named[name]() if name in named else int(name)
+        if step is None:
+            raise FileNotFoundError(f"{self.directory} holds no checkpoint yet")
+        return step
+
+    def scores(self, step: int) -> dict[str, float]:
+        """Those saved with the checkpoint; none where it was not evaluated."""
+        return dict(self._manager.metrics(step) or {})
+
+    def position(self, step: int) -> int:
+        """Training images consumed until the checkpoint."""
+        data = ocp.args.Composite(data=ocp.args.JsonRestore())
+        return self._manager.restore(step, args=data)["data"]["position"]
 
     def latest_step(self) -> int | None:
         return self._manager.latest_step()
@@ -96,17 +129,24 @@ class Checkpoints:
 
     def restore_variables(self, step: int, sharding: jax.sharding.Sharding) -> dict[str, Any]:
         """{params, batch_stats} to evaluate: the averaged ones if the run kept an average."""
-        saved = self._metadata(step)
+        state = self._as_saved(step, sharding)
+        source = state["ema"] or state
+        return {"params": source["params"], "batch_stats": source["batch_stats"]}
 
+    def arrays(self, step: int) -> dict[str, np.ndarray]:
+        """Every array of the state saved at `step`, on the host, by path ("params/duc/...")."""
+        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        leaves = jax.tree_util.tree_leaves_with_path(self._as_saved(step, device))
+        return {_path(path): np.asarray(leaf) for path, leaf in leaves}
+
+    def _as_saved(self, step: int, sharding: jax.sharding.Sharding) -> dict[str, Any]:
         def struct(x):
             return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
-        like = jax.tree.map(struct, saved)
-        state = self._manager.restore(
+        like = jax.tree.map(struct, self._metadata(step))
+        return self._manager.restore(
             step, args=ocp.args.Composite(state=ocp.args.StandardRestore(like))
         )["state"]
-        source = state["ema"] or state
-        return {"params": source["params"], "batch_stats": source["batch_stats"]}
 
     def _metadata(self, step: int) -> dict[str, Any]:
         """Nested {name: array metadata} of the state saved at `step`."""
@@ -118,12 +158,9 @@ class Checkpoints:
         return self._manager.item_metadata(step)["state"]
 
     def _check(self, step: int, like: TrainState) -> None:
-        def name(key) -> str:
-            return str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key))))
-
         def shapes(tree):
             leaves = jax.tree_util.tree_leaves_with_path(tree)
-            return {"/".join(map(name, path)): tuple(x.shape) for path, x in leaves}
+            return {_path(path): tuple(x.shape) for path, x in leaves}
 
         saved, wanted = shapes(self._metadata(step)), shapes(like)
         different = [k for k in saved | wanted if saved.get(k) != wanted.get(k)]

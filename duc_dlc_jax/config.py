@@ -114,6 +114,7 @@ def default() -> ml_collections.ConfigDict:
     c.init = ml_collections.ConfigDict()
     c.init.weights = ""  # backbone: a name or a file, docs/conversion.md; empty = from scratch
     c.init.source = ""  # what the file cannot say; docs/conversion.md
+    c.init.checkpoint = ""  # a workdir whose best network to start from, classes by name
 
     c.loss = ml_collections.ConfigDict()
     c.loss.aux_weight = 0.2  # used with model.aux_head [C]
@@ -233,6 +234,8 @@ def validate(config: ml_collections.ConfigDict) -> None:
             f"data.scale_max={values['data.scale_max']} is below "
             f"data.scale_min={values['data.scale_min']}"
         )
+    if values["init.weights"] and values["init.checkpoint"]:
+        raise ConfigError("init.weights and init.checkpoint are both set: keep one of them")
     if not (values["train.steps"] > 0 or values["train.epochs"] > 0):
         raise ConfigError("train.steps and train.epochs are both 0: set one of them")
 

@@ -171,7 +171,15 @@ def open_run(args: Any, path: str, form: str = "") -> tuple[workdirs.Run, Record
     data = run.config.data
     if args.data_dir:
         data.dir = args.data_dir
-    return run, open_records(data, args.split or data.eval_split)
+    records = open_records(data, args.split or data.eval_split)
+    if records.spec.classes != run.spec.classes:
+        raise ConfigError(
+            f"{records.folder} was prepared with {records.spec.num_classes} classes "
+            f"({', '.join(records.spec.classes[:3])}, ...), {args.workdir} labels "
+            f"{run.spec.num_classes} ({', '.join(run.spec.classes[:3])}, ...): give another "
+            "--data_dir, or rebuild the network with python -m duc_dlc_jax.surgery classes"
+        )
+    return run, records
 
 
 def compared(results: dict[str, dict[str, Any]]) -> str:

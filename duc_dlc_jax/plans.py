@@ -1,7 +1,8 @@
 """From what two folders hold and the machine at hand to a configuration, every choice with its why.
 
-Network    With weights the ResNet that they belong to, else the small network of configs/demo.py on
-           a CPU and a ResNet-50 from scratch on an accelerator.
+Network    With weights the ResNet that they belong to, with a run to start from its network, else
+           the small network of configs/demo.py on a CPU and a ResNet-50 from scratch on an
+           accelerator.
 Crop       The median short side, rounded down to a multiple of 32; at most 480, on a CPU 256.
 Batch      The power of two per device that fits the memory by `describe.activation_bytes`; at most
            16 in all, on a CPU also 4 per core.
@@ -25,7 +26,7 @@ import jax
 import ml_collections
 
 from duc_dlc_jax import config as config_lib
-from duc_dlc_jax import describe, sharding
+from duc_dlc_jax import describe, sharding, workdirs
 from duc_dlc_jax.benchmark import model as speed
 from duc_dlc_jax.data.folders import Inspection
 from duc_dlc_jax.models import pretrained, segmenter
@@ -154,6 +155,8 @@ def _network(draft: _Draft, machine: Machine) -> None:
                 draft.put(f"model.{field}", value, f"weights of {source}")
         draft.put("model.depth", layout.depth() or model.depth, f"the weights {Path(weights).name}")
         _check_weights(draft.config)
+    elif draft.config.init.checkpoint:
+        _network_of(draft, Path(draft.config.init.checkpoint).expanduser().resolve())
     elif machine.is_cpu:
         small = config_lib.load("configs/demo.py").model
         for name, value in config_lib.fields(small, "model."):
@@ -163,6 +166,16 @@ def _network(draft: _Draft, machine: Machine) -> None:
         draft.put("model.depth", 50, "from scratch; --weights would do better")
     if not machine.is_cpu:
         draft.put("model.dtype", "bfloat16", "faster on accelerators; parameters stay float32")
+
+
+def _network_of(draft: _Draft, workdir: Path) -> None:
+    """The network of another run, which training then starts from."""
+    trained, *_ = workdirs.described(workdir)
+    draft.put("init.checkpoint", str(workdir), GIVEN)
+    draft.config.init.checkpoint = str(workdir)
+    for name, value in config_lib.fields(trained.model, "model."):
+        if value != dict(config_lib.fields(config_lib.default().model, "model."))[name]:
+            draft.put(name, value, f"the network in {workdir.name}")
 
 
 def _check_weights(config) -> None:
@@ -201,7 +214,7 @@ def _batch(draft: _Draft, found: Inspection, machine: Machine, most: int) -> Non
 def _schedule(draft: _Draft, found: Inspection, machine: Machine) -> None:
     config, images = draft.config, found.counts["train"]
     batch = config.train.batch_size
-    if config.init.weights:
+    if config.init.weights or config.init.checkpoint:
         rate, why = 2e-3 * min(1, batch / 8), "2e-3, in proportion below a batch of 8"
     else:
         rate, why = 2e-2 * min(1, batch / 16), "from scratch: 2e-2, in proportion below 16 images"

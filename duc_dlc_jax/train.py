@@ -19,7 +19,16 @@ import numpy as np
 from absl import logging
 from clu import parameter_overview
 
-from duc_dlc_jax import checkpoints, evaluate, pictures, protocols, sharding, workdirs, writers
+from duc_dlc_jax import (
+    checkpoints,
+    evaluate,
+    grafting,
+    pictures,
+    protocols,
+    sharding,
+    workdirs,
+    writers,
+)
 from duc_dlc_jax import config as config_lib
 from duc_dlc_jax import optimizer as optimizers
 from duc_dlc_jax.data import pipeline
@@ -59,7 +68,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, A
     with contextlib.ExitStack() as stack:
         kept = config.train.keep_latest, config.train.keep_best
         saved = stack.enter_context(contextlib.closing(checkpoints.Checkpoints(workdir, *kept)))
-        state, position = _first_state(config, workdir, model, optimizer, saved, mesh)
+        state, position = _first_state(config, workdir, spec, model, optimizer, saved, mesh)
         if jax.process_index() == 0:
             workdirs.write(workdir, config, spec)
             text = parameter_overview.get_parameter_overview(state.params, include_stats=False)
@@ -147,7 +156,7 @@ def device_batches(config, records, position: int, count: int, mesh) -> Generato
             iterator.close()
 
 
-def _first_state(config, workdir, model, optimizer, saved, mesh) -> tuple[TrainState, int]:
+def _first_state(config, workdir, spec, model, optimizer, saved, mesh) -> tuple[TrainState, int]:
     """The latest checkpoint's state, or a new one; and the images consumed so far."""
 
     def fresh(variables=None):
@@ -175,6 +184,8 @@ def _first_state(config, workdir, model, optimizer, saved, mesh) -> tuple[TrainS
             config.model,
         )
         variables = {"params": params, "batch_stats": batch_stats}
+    elif config.init.checkpoint:
+        variables = grafting.from_workdir(config.init.checkpoint, variables, config.model, spec)
     else:
         logging.warning("the backbone starts from scratch: init.weights is empty")
     return jax.jit(fresh, out_shardings=everywhere)(variables), 0

@@ -7,6 +7,7 @@ parameters.txt    parameters by name and shape    pictures/     image | label | 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from pathlib import Path
@@ -65,12 +66,9 @@ def create(
 
     position: training images consumed. config.json comes last: where it is, the rest is complete.
     """
-    saved = checkpoints.Checkpoints(workdir)
-    try:
+    with opened(workdir) as saved:
         saved.save(state, position, config)
         saved.wait()
-    finally:
-        saved.close()
     write(workdir, config, spec)
 
 
@@ -84,12 +82,13 @@ def changed_fields(workdir: Path, config: ml_collections.ConfigDict) -> dict[str
     return {name: (old[name], new[name]) for name in new if old[name] != new[name]}
 
 
-def load(workdir: str | Path, checkpoint: str = "best") -> Run:
-    """The network of a workdir at checkpoint "best" (Final Score), "latest" or a step ("1000").
+def described(
+    workdir: Path,
+) -> tuple[ml_collections.ConfigDict, LabelSpec, segmenter.Segmenter]:
+    """Configuration, classes and network of a run.
 
-    Raises FileNotFoundError for a folder that is no workdir and for a checkpoint that is not there.
+    Raises FileNotFoundError for a folder that is no workdir.
     """
-    workdir = Path(workdir)
     for name in ("config.json", "labels.json", "checkpoints"):
         if not (workdir / name).exists():
             raise FileNotFoundError(
@@ -98,21 +97,25 @@ def load(workdir: str | Path, checkpoint: str = "best") -> Run:
     config = config_lib.from_json((workdir / "config.json").read_text())
     spec = LabelSpec.from_json((workdir / "labels.json").read_text())
     segmenter.enable_dtype(config.model)
-    model = segmenter.create(config.model, spec.num_classes)
-    saved = checkpoints.Checkpoints(workdir, config.train.keep_latest, config.train.keep_best)
-    try:
-        named = {"best": saved.best_step, "latest": saved.latest_step}
-        if checkpoint not in named and not checkpoint.isdigit():
-            raise config_lib.ConfigError(
-                f"checkpoint {checkpoint!r}; allowed: best, latest, a step"
-            )
-        step = named[checkpoint]() if checkpoint in named else int(checkpoint)
-        if step is None:
-            raise FileNotFoundError(f"{saved.directory} holds no checkpoint yet")
+    return config, spec, segmenter.create(config.model, spec.num_classes)
+
+
+def opened(workdir: Path) -> contextlib.closing[checkpoints.Checkpoints]:
+    """The run's checkpoints, as a context."""
+    return contextlib.closing(checkpoints.Checkpoints(workdir))
+
+
+def load(workdir: str | Path, checkpoint: str = "best") -> Run:
+    """The network of a workdir at checkpoint "best" (Final Score), "latest" or a step ("1000").
+
+    Raises FileNotFoundError for a folder that is no workdir and for a checkpoint that is not there.
+    """
+    workdir = Path(workdir)
+    config, spec, model = described(workdir)
+    with opened(workdir) as saved:
+        step = saved.named_step(checkpoint)
         everywhere = sharding.replicated(sharding.make_mesh())
         variables = saved.restore_variables(step, everywhere)
-    finally:
-        saved.close()
     return Run(config, spec, model, variables, step, workdir)
 
 

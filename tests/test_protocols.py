@@ -77,7 +77,12 @@ def softmax(x):
 
 
 @pytest.mark.parametrize(
-    ("grid", "inputs"), [("corners", ()), ("stride", ((96, 128),)), ("half_pixel", ())]
+    ("grid", "inputs"),
+    [
+        ("corners", ()),
+        ("stride", ((96, 128),)),
+        pytest.param("half_pixel", (), marks=pytest.mark.parity),
+    ],
 )
 def test_multi_scale_is_the_mean_of_the_softmax(grid, inputs):
     """Two images in one padded batch, in tiles, against each image by itself; inputs padded too."""

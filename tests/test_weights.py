@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import pathlib
+import re
 import subprocess
 import sys
 
@@ -155,6 +157,16 @@ def test_the_table():
         assert entry.file.endswith(f"-{entry.sha256[:8]}.pth"), name
         assert entry.licence
         assert weights.find(f"folder/{name}") == (weights.Path("folder", name), "")
+
+
+def test_the_document_lists_the_table():
+    text = (pathlib.Path(__file__).parent.parent / "docs" / "conversion.md").read_text()
+    for name, entry in weights.TABLE.items():
+        known = "all 64 digits" if len(entry.sha256) == 64 else "8 digits"
+        row = f"| `{name}` | {entry.file} | {entry.owner} | {entry.licence} | {entry.data} |"
+        assert f"{row} {known} |\n" in text
+    for source, entry in pretrained.SOURCES.items():
+        assert re.search(rf"\| `{source}` \|.*\| `{entry.stride_on}` \| 1e-5 \|", text), source
 
 
 def test_training_takes_a_name(offer, cache, tmp_path):
