@@ -148,7 +148,7 @@ def loss_and_accuracy(
     """
     classes = logits.shape[-1]
     how = table_of(chosen, classes), grid, stride, rounded, shards
-    scores = pixel_scores(logits, labels, *how)
+    scores: Any = pixel_scores(logits, labels, *how)
     loss = mean(*sums(scores, labels, chosen, classes))
     return loss, scores.right.sum() / jnp.maximum((labels != IGNORE).sum(), 1)
 

@@ -58,7 +58,7 @@ def pixel_scores(
 
 
 def _pixel_scores_forward(logits, labels, *how):
-    scores = pixel_scores(logits, labels, *how)
+    scores: Any = pixel_scores(logits, labels, *how)
     return scores, (logits, labels, scores.normalizer)
 
 

@@ -59,7 +59,7 @@ class Work:
         layers = floor.executed(self.model, *size)
         itemsize = np.dtype(self.model.dtype).itemsize
         devices = self.mesh.size if training else 1
-        least = floor.seconds(layers, images / devices, itemsize, self.ceilings, training)
+        least = floor.seconds(layers, images // devices, itemsize, self.ceilings, training)
         return {
             "batch_size": images,
             "image": list(size),
@@ -86,7 +86,7 @@ class Work:
 def random_batch(config: ml_collections.ConfigDict, classes: int) -> dict[str, np.ndarray]:
     """A training batch of the configuration's sizes with random pixels, see `make_train_step`."""
     rng, batch = np.random.default_rng(0), config.train.batch_size
-    size = config_lib.crop_shape(config.data)
+    size: Any = config_lib.crop_shape(config.data)
     image = rng.integers(0, 256, (batch, *size, 3)).astype(np.uint8)
     label = rng.integers(0, classes, image.shape[:3]).astype(np.uint8)
     return {"image": image, "label": label, "valid": np.tile(np.int32(size), (batch, 1))}

@@ -67,7 +67,7 @@ class Peer:
         root = pathlib.Path(self._folder.name)
         (root / "config.json").write_text(config_lib.to_json(work.config))
         (root / "settings.json").write_text(json.dumps({"threads": threads}))
-        flat = traverse_util.flatten_dict(jax.device_get(work.variables), sep="/")
+        flat: Any = traverse_util.flatten_dict(jax.device_get(work.variables), sep="/")
         np.savez(root / "variables.npz", **flat)
         np.savez(root / "batch.npz", image=data["image"], label=data["label"], infer=image)
         self._log = open(root / "log", "w+")  # noqa: SIM115

@@ -107,7 +107,8 @@ class Conv(nn.Module):
             x = x[:, :: self.stride, :: self.stride]
             y = jax.lax.dot_general(x, kernel[0, 0], (((3,), (0,)), ((), ())))
         else:
-            y = convolve(x, kernel, self.stride, self.dilation, self.groups)
+            how: Any = (self.stride, self.dilation, self.groups)
+            y: Any = convolve(x, kernel, *how)
         if bias is not None:
             y = y + bias.astype(self.dtype)[None, None, None]
         return y
@@ -134,6 +135,11 @@ def convolve(
       "": what was fastest (docs/performance.md): "columns" on GPUs where dilation > 1, for XLA
         knows no kernel of cuDNN for these; else "compiler".
     """
+    del weight_gradient
+    return _plain_convolve(x, kernel, stride, dilation, groups)
+
+
+def _plain_convolve(x, kernel, stride, dilation, groups):
     pad = dilation * (kernel.shape[0] - 1) // 2
     return jax.lax.conv_general_dilated(
         x,
@@ -152,7 +158,7 @@ def _convolve_forward(x, kernel, *how):
 
 def _convolve_backward(stride, dilation, groups, weight_gradient, saved, dy):
     x, kernel = saved
-    plain = functools.partial(convolve.__wrapped__, stride=stride, dilation=dilation, groups=groups)
+    plain = functools.partial(_plain_convolve, stride=stride, dilation=dilation, groups=groups)
     (dx,) = jax.vjp(lambda x: plain(x, kernel), x)[1](dy)
     if not weight_gradient:
         on_gpu = jax.default_backend() == "gpu"
