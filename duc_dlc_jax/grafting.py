@@ -56,8 +56,7 @@ def graft(
 
     Raises ConfigError where they do not, naming the first.
     """
-    ours = flax.traverse_util.flatten_dict(jax.device_get(fresh), sep="/")
-    theirs = flax.traverse_util.flatten_dict(jax.device_get(trained), sep="/")
+    ours, theirs = flat(fresh), flat(trained)
     pairs = [
         (new.classes.index(name), old.classes.index(name))
         for name in new.classes
@@ -93,6 +92,11 @@ def graft(
         common,
         tuple(name for name in new.classes if name not in common),
     )
+
+
+def flat(tree: dict[str, Any]) -> dict[str, Any]:
+    """Nested dictionaries of arrays -> arrays on the host by path, "params/duc/low_conv/kernel"."""
+    return dict(flax.traverse_util.flatten_dict(jax.device_get(tree), sep="/"))
 
 
 def from_workdir(

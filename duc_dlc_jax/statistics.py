@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 import flax
 import jax
 import numpy as np
 
 from duc_dlc_jax.config import ConfigError
+from duc_dlc_jax.grafting import flat
 from duc_dlc_jax.models.segmenter import Segmenter
 
 
@@ -32,24 +33,20 @@ def estimate(
         raise ConfigError(
             "model.bn_frozen=True: training kept the statistics, and every checkpoint has the same"
         )
-    moments = _moments(model)
+    moments = _moments(cast(Any, model))  # linen modules can be hashed
     total: dict[str, np.ndarray] = {}
     count = 0
     for batch in batches:
-        found = jax.device_get(moments(variables, batch["image"], batch.get("valid")))
-        flat = flax.traverse_util.flatten_dict(found, sep="/")
-        for name, value in flat.items():
-            value = np.asarray(value, np.float64)
+        found = _wide(moments(variables, batch["image"], batch.get("valid")))
+        for name, value in found.items():
             if name.endswith("/var"):
-                mean = np.asarray(flat[name.removesuffix("var") + "mean"], np.float64)
-                value = value + mean**2
+                value = value + found[name.removesuffix("var") + "mean"] ** 2
             total[name] = total.get(name, 0) + value
         count += 1
     if not count:
         raise ConfigError("BN statistics cannot be estimated without a training batch")
-    kept = flax.traverse_util.flatten_dict(jax.device_get(variables["batch_stats"]), sep="/")
     result = {}
-    for name, old in kept.items():
+    for name, old in flat(variables["batch_stats"]).items():
         if model.backbone_frozen and name.startswith("backbone/"):
             result[name] = old
             continue
@@ -89,16 +86,14 @@ def gap(stored: dict[str, Any], estimated: dict[str, Any]) -> tuple[float, str]:
     `estimated`, plus |logarithm of the ratio of the standard deviations|. Near 0 where a network
     normalises as it does in training.
     """
-    a, b = (
-        {
-            name: np.asarray(value, np.float64)
-            for name, value in flax.traverse_util.flatten_dict(jax.device_get(s), sep="/").items()
-        }
-        for s in (stored, estimated)
-    )
+    a, b = _wide(stored), _wide(estimated)
     worst = (0.0, "")
     for name in (name.removesuffix("/mean") for name in b if name.endswith("/mean")):
         std, other = (np.sqrt(x[f"{name}/var"] + 1e-5) for x in (b, a))
         moved = np.abs(a[f"{name}/mean"] - b[f"{name}/mean"]) / std
         worst = max(worst, (float((moved + np.abs(np.log(other / std))).mean()), name))
     return worst
+
+
+def _wide(tree: dict[str, Any]) -> dict[str, np.ndarray]:
+    return {name: np.asarray(value, np.float64) for name, value in flat(tree).items()}

@@ -12,6 +12,7 @@ workdir that `evaluate`, `predict` and `main` take.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import sys
@@ -210,7 +211,7 @@ def _like(config: ml_collections.ConfigDict, model: segmenter.Segmenter) -> Trai
 def _with(state: TrainState, variables: dict[str, Any]) -> TrainState:
     """The state with other variables, which also become its average if it has one."""
     average = jax.tree.map(jnp.copy, variables) if state.ema else {}
-    return state.replace(**variables, ema=average)
+    return dataclasses.replace(state, **variables, ema=average)
 
 
 def _has_ema(arrays: dict[str, np.ndarray]) -> bool:

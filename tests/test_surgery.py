@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import traverse_util
 
 from duc_dlc_jax import config as config_lib
 from duc_dlc_jax import (
@@ -116,7 +117,7 @@ def test_planted_fault_averages_without_their_statistics(trained, tmp_path):
     assert gap_to_data(tmp_path / "averaged") > 1
     ema = workdirs.load(workdir).variables  # EMA parameters with the statistics of the raw network
     raw = {p.split("/", 1)[1]: v for p, v in arrays(workdir, 1).items() if p.startswith("batch_")}
-    mixed = {**ema, "batch_stats": grafting.flax.traverse_util.unflatten_dict(raw, sep="/")}
+    mixed = {**ema, "batch_stats": traverse_util.unflatten_dict(raw, sep="/")}
     data = surgery._training_batches(workdirs.load(workdir).config, 0, 2)
     own = statistics.estimate(trained[1], ema, data)
     assert statistics.gap(mixed["batch_stats"], own)[0] > 1
