@@ -123,7 +123,7 @@ def to_devices(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]
     def place(local: np.ndarray) -> jax.Array:
         first = index * len(local)
 
-        def part(slices: tuple[slice, ...]) -> np.ndarray:
+        def part(slices: Any) -> np.ndarray:
             rows = slices[0].indices(count * len(local))
             return local[(slice(rows[0] - first, rows[1] - first), *slices[1:])]
 

@@ -133,7 +133,7 @@ def test_images_split_by_rows_train_as_whole_ones(dtype, space, crop, groups, to
 
 @pytest.mark.multiprocess
 def test_bn_per_host_keeps_its_sums_in_the_host():
-    """8 devices, 4 x 2, as two hosts of 4: a sum goes over `space`, then over its part of `data`."""
+    """8 devices, 4 x 2, as two hosts of 4: sums go over `space`, then over their part of `data`."""
     groups = {}
     for name, parts in {"global": 1, "host": 2}.items():
         result = split_against_whole(
