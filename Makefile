@@ -17,7 +17,7 @@ export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
-.PHONY: help install demo test test-parity test-fault test-multiprocess test-installed test-real-data test-all lint format bench clean
+.PHONY: help install demo test test-parity test-fault test-multiprocess test-slurm test-installed test-real-data test-all lint format bench clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -37,7 +37,7 @@ demo: install  ## draw street scenes, train a small network on them, evaluate it
 	$(BIN)/python -m duc_dlc_jax.main --config=configs/demo.py --workdir=runs/demo
 
 test: install  ## the fast suite
-	$(PYTEST) -m "not parity and not fault and not multiprocess and not installed and not real_data" $(PYTEST_ARGS)
+	$(PYTEST) -m "not parity and not fault and not multiprocess and not installed and not real_data and not slurm" $(PYTEST_ARGS)
 
 test-parity: install  ## the deep and wide networks against PyTorch
 	$(PYTEST) -m parity
@@ -48,13 +48,16 @@ test-fault: install  ## runs that are killed and resume
 test-multiprocess: install  ## several processes as one run
 	$(PYTEST) -m multiprocess
 
+test-slurm: install  ## jobs of a real Slurm; needs slurm-wlm, munge and root
+	$(PYTEST) -m slurm
+
 test-installed: install  ## the built wheel; DUC_DLC_OTHER_PYTHON: checkpoints of two versions
 	$(PYTEST) -m installed
 
 test-real-data: install  ## needs DUC_DLC_SHARED_DATA, see CONTRIBUTING.md
 	$(PYTEST) -m real_data
 
-test-all: test test-parity test-fault test-multiprocess test-installed test-real-data  ## every suite
+test-all: test test-parity test-fault test-multiprocess test-slurm test-installed test-real-data  ## every suite
 
 lint: install  ## ruff and pyright
 	$(BIN)/ruff check $(SOURCES)
