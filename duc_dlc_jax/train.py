@@ -98,8 +98,7 @@ class _Loop:
 
     def __init__(self, config, steps, train_step, evaluation, saved, writer, stop, spent, name):
         """spent: a Goodput; name: of a training record, by its index."""
-        self._config, self._steps, self._train_step = config.train, steps, train_step
-        self._whole_config = config
+        self._config, self._steps, self._train_step = config, steps, train_step
         self._evaluation, self._saved, self._writer = evaluation, saved, writer
         self._stop, self._goodput = stop, spent
         self._figures = writers.StepFigures(config.train.batch_size, name)
@@ -127,7 +126,7 @@ class _Loop:
             self._log(step)
             stopping = self._stop.reached()
             evaluating = self._evaluating(step)
-            if evaluating or stopping or step % self._config.checkpoint_every == 0:
+            if evaluating or stopping or step % self._config.train.checkpoint_every == 0:
                 start = time.monotonic()
                 self._figures.check_finite(step)
                 self._keep(state, step, evaluating, stopping)
@@ -137,11 +136,11 @@ class _Loop:
         return self._scores or self._evaluation(state)  # a finished run only evaluates
 
     def _evaluating(self, step: int) -> bool:
-        every = self._config.eval_every
+        every = self._config.train.eval_every
         return step == self._steps or bool(every and step % every == 0)
 
     def _log(self, step: int) -> None:
-        log = step == self._steps or step % self._config.log_every == 0
+        log = step == self._steps or step % self._config.train.log_every == 0
         if log:
             values = self._figures.take(step) | {"learning_rate": self._learning_rate(step)}
             values = {f"train/{name}": value for name, value in values.items()}
@@ -149,7 +148,7 @@ class _Loop:
         self._progress.show(step, self._figures.text, log)
 
     def _learning_rate(self, step: int) -> float:
-        optimizer = self._whole_config.optimizer
+        optimizer = self._config.optimizer
         schedule = optimizers.poly_schedule(optimizer.learning_rate, optimizer.power, self._steps)
         return float(np.asarray(schedule(step - 1)))
 
@@ -169,8 +168,8 @@ class _Loop:
             except Stopped:
                 stopping = True
         with self._goodput.spent("checkpoint"):
-            position = step * self._config.batch_size
-            self._saved.save(state, position, self._whole_config, headline)
+            position = step * self._config.train.batch_size
+            self._saved.save(state, position, self._config, headline)
             if stopping:
                 self._saved.wait()
         self._goodput.line(step)

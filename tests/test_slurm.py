@@ -16,7 +16,7 @@ pytestmark = [
     pytest.mark.skipif(bool(slurm.missing()), reason=f"Slurm: {slurm.missing()}"),
 ]
 ROOT = pathlib.Path(__file__).parent.parent
-CHANGES = {"train__steps": 120, "train__log_every": 5, "train__checkpoint_every": 5}
+CHANGES = {"train__steps": 60, "train__log_every": 5, "train__checkpoint_every": 5}
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def test_requeued_jobs_resume_bit_for_bit(cluster, scenes_dir, tmp_path):
         wait_until(lambda before=before: newest(workdir) > before)
         slurm.output([*tell, job], cluster)
         wait_until(lambda n=restarts: int(state(cluster, job)["Restarts"]) > n)
-        assert newest(workdir) < 120, "the run was over before it was stopped"
+        assert newest(workdir) < 60, "the run was over before it was stopped"
         slurm.output(["scontrol", "update", f"JobId={job}", "StartTime=now"], cluster)
     log = pathlib.Path(f"{workdir}.log")
     wait_until(lambda: state(cluster, job)["JobState"] == "COMPLETED")
@@ -77,7 +77,7 @@ def test_requeued_jobs_resume_bit_for_bit(cluster, scenes_dir, tmp_path):
     assert "stopped by SIGTERM; step" in text
     assert "stopped with a checkpoint: job" in text
     assert text.count("resuming from step") >= 2
-    first, second = saved_state(straight, 120), saved_state(workdir, 120)
+    first, second = saved_state(straight, 60), saved_state(workdir, 60)
     assert first.keys() == second.keys()
     for name in first:
         np.testing.assert_array_equal(first[name], second[name], err_msg=name)
