@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import math
+import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import orbax.checkpoint as ocp
+from absl import logging
+from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
 from duc_dlc_jax.config import ConfigError
+from duc_dlc_jax.errors import CheckpointError
 from duc_dlc_jax.train_step import TrainState
 
 SCORE = "final_score"
+UNREADABLE = "unreadable"  # folder of the workdir for checkpoints that are damaged
 
 
 def _score(metrics: dict[str, float]) -> float:
@@ -23,10 +32,15 @@ def _score(metrics: dict[str, float]) -> float:
     return -math.inf if math.isnan(value) else value
 
 
-def _path(keys) -> str:
-    """ "params/backbone/..." of a tree's path."""
-    names = (getattr(k, "key", getattr(k, "name", getattr(k, "idx", k))) for k in keys)
-    return "/".join(map(str, names))
+class _Manager(ocp.CheckpointManager):
+    """Orbax's manager, which leaves it to the loop to ask whether to stop.
+
+    It would ask at points of its own, and processes agree on a point by counting the asking.
+    """
+
+    def reached_preemption(self, step: int) -> bool:
+        del step
+        return False
 
 
 class Checkpoints:
@@ -34,9 +48,21 @@ class Checkpoints:
 
     Kept: the latest `keep_latest` and, of those saved with scores, the best `keep_best` by Final
     Score. (Orbax's `max_to_keep` with `best_fn` would delete the newest while scores fall.)
+
+    Each holds a checksum per array, so that a bit that flips on a disk or on the way is noticed.
     """
 
-    def __init__(self, workdir: str | Path, keep_latest: int = 2, keep_best: int = 1):
+    def __init__(
+        self, workdir: str | Path, keep_latest: int = 2, keep_best: int = 1, training: bool = False
+    ):
+        """training: this is the one run that saves here; what a killed save left is removed."""
+        self._training = training
+        self.directory = Path(workdir).absolute() / "checkpoints"
+        self._open = functools.partial(self._manager_of, keep_latest, keep_best)
+        self._set_aside(self._with_bad_scores())
+        self._manager = self._open()
+
+    def _manager_of(self, keep_latest: int, keep_best: int) -> ocp.CheckpointManager:
         policy = checkpoint_managers.AnyPreservationPolicy(
             [
                 checkpoint_managers.LatestN(max(keep_latest, 1)),
@@ -45,11 +71,13 @@ class Checkpoints:
                 ),
             ]
         )
-        self.directory = Path(workdir).absolute() / "checkpoints"
-        self._manager = ocp.CheckpointManager(
+        return _Manager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=policy, best_fn=_score, best_mode="max"
+                preservation_policy=policy,
+                best_fn=_score,
+                best_mode="max",
+                cleanup_tmp_directories=self._training,
             ),
             item_names=("state", "data", "config"),
             item_handlers={
@@ -94,6 +122,9 @@ class Checkpoints:
         scored = {step: _score(m) for step, m in scored.items() if m and SCORE in m}
         return max(scored, key=lambda s: (scored[s], s)) if scored else self.latest_step()
 
+    def has_scores(self, step: int) -> bool:
+        return SCORE in (self._manager.metrics(step) or {})
+
     def save(
         self,
         state: TrainState,
@@ -101,31 +132,124 @@ class Checkpoints:
         config: ml_collections.ConfigDict,
         metrics: dict[str, float] | None = None,
     ) -> None:
-        """Saves at `state.step`. position: training images consumed, over all epochs and hosts."""
-        self._manager.save(
-            int(state.step),
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state),
-                data=ocp.args.JsonSave({"position": position}),
-                config=ocp.args.JsonSave(config.to_dict()),
-            ),
-            metrics=metrics or {},
-            force=True,
+        """Saves at `state.step`. position: training images consumed, over all epochs and hosts.
+
+        One of the same step is replaced. Raises CheckpointError where this or the save before it
+        cannot be written.
+        """
+        step = int(state.step)
+        data = {"position": position, "checksums": checksums(state)}
+        try:
+            self._manager.wait_until_finished()
+            if step in self._manager.all_steps():
+                self._manager.delete(step)
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(state),
+                    data=ocp.args.JsonSave(data),
+                    config=ocp.args.JsonSave(config.to_dict()),
+                ),
+                metrics=metrics or {},
+                force=True,
+            )
+        except (OSError, ValueError) as error:
+            raise self._save_error(error) from error
+
+    def _save_error(self, error: Exception) -> CheckpointError:
+        free = shutil.disk_usage(self.directory).free
+        return CheckpointError(
+            f"a checkpoint cannot be written to {self.directory} ({free / 2**20:,.0f} MiB free): "
+            f"{str(error)[:500]}. Those of earlier steps are kept: make room, and the same command "
+            "goes on from the latest"
         )
 
     def restore(self, step: int, like: TrainState) -> tuple[TrainState, int]:
         """The state saved at `step`, placed as `like` (ShapeDtypeStructs), and the position.
 
-        Raises FileNotFoundError for a step that is not there and ConfigError for another structure.
+        Raises FileNotFoundError for a step that is not there, ConfigError for another structure and
+        CheckpointError for one that is damaged.
         """
         self._check(step, like)
-        restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(like), data=ocp.args.JsonRestore()
-            ),
-        )
+        restored = self._read(step, state=ocp.args.StandardRestore(like))
         return restored["state"], restored["data"]["position"]
+
+    def restore_latest(self, like: TrainState) -> tuple[TrainState, int] | None:
+        """The newest readable checkpoint, as from `restore`; None where there is none at all.
+
+        Damaged ones are moved to the workdir's folder `unreadable` with a warning that names them.
+        Raises ConfigError for another structure, and CheckpointError where all are damaged.
+        """
+        damaged = []
+        while (step := self.latest_step()) is not None:
+            try:
+                result, failure = self.restore(step, like), None
+            except CheckpointError as error:
+                result, failure = None, error
+            if not _any_process(failure is not None):
+                return result
+            damaged.append(str(failure or f"step {step}: another process could not read it"))
+            self._manager.close()
+            self._set_aside([step])
+            self._manager = self._open()
+        if damaged:
+            raise CheckpointError(
+                f"no checkpoint of the run can be read: {'; '.join(damaged)}. They are now in "
+                f"{self.directory.parent / UNREADABLE}; to start anew take another workdir"
+            )
+        return None
+
+    def _read(self, step: int, **items) -> Any:
+        """The items and `data` of a step, their checksums compared; raises CheckpointError."""
+        try:
+            args = ocp.args.Composite(data=ocp.args.JsonRestore(), **items)
+            restored = self._manager.restore(step, args=args)
+            saved = restored["data"].get("checksums", {})
+            restored["data"]["position"]
+        except FileNotFoundError as error:
+            raise self._damaged(step, error) from error
+        except (OSError, MemoryError, jax.errors.JaxRuntimeError):
+            raise  # a disk that does not answer, a device that is full: no fault of the files
+        except Exception as error:  # Orbax has bare ones for data that do not decode
+            raise self._damaged(step, error) from error
+        found = checksums(restored["state"]) if saved else {}
+        wrong = [name for name in saved if found.get(name) != saved[name]]
+        if wrong:
+            raise self._damaged(step, f"{wrong[0]} is not what was saved, {len(wrong)} in all")
+        return restored
+
+    def _damaged(self, step: int, why: Any) -> CheckpointError:
+        text = f"checkpoint {self.directory / str(step)} is damaged: {str(why)[:300]}"
+        return CheckpointError(text)
+
+    def _with_bad_scores(self) -> list[int]:
+        """Steps whose scores are not JSON: Orbax cannot even list the others beside them."""
+        bad = []
+        for folder in self.directory.glob("[0-9]*"):
+            path = folder / "metrics" / "metrics"
+            if folder.name.isdigit() and path.is_file():
+                try:
+                    json.loads(path.read_text())
+                except ValueError as error:
+                    step = int(folder.name)
+                    if not self._training:
+                        raise self._damaged(step, f"{path}: {error}") from error
+                    bad.append(step)
+        return bad
+
+    def _set_aside(self, steps: Iterable[int]) -> None:
+        """Moves damaged checkpoints out of the way."""
+        for step in steps:
+            target = self.directory.parent / UNREADABLE / str(step)
+            logging.warning(
+                "checkpoint %s is damaged and moved to %s", self.directory / str(step), target
+            )
+            if jax.process_index() == 0:
+                shutil.rmtree(target, ignore_errors=True)
+                target.parent.mkdir(exist_ok=True)
+                (self.directory / str(step)).rename(target)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("damaged checkpoints are moved")
 
     def restore_variables(self, step: int, sharding: jax.sharding.Sharding) -> dict[str, Any]:
         """{params, batch_stats} to evaluate: the averaged ones if the run kept an average."""
@@ -136,17 +260,14 @@ class Checkpoints:
     def arrays(self, step: int) -> dict[str, np.ndarray]:
         """Every array of the state saved at `step`, on the host, by path ("params/duc/...")."""
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        leaves = jax.tree_util.tree_leaves_with_path(self._as_saved(step, device))
-        return {_path(path): np.asarray(leaf) for path, leaf in leaves}
+        return {name: np.asarray(x) for name, x in named(self._as_saved(step, device)).items()}
 
     def _as_saved(self, step: int, sharding: jax.sharding.Sharding) -> dict[str, Any]:
         def struct(x):
             return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
         like = jax.tree.map(struct, self._metadata(step))
-        return self._manager.restore(
-            step, args=ocp.args.Composite(state=ocp.args.StandardRestore(like))
-        )["state"]
+        return self._read(step, state=ocp.args.StandardRestore(like))["state"]
 
     def _metadata(self, step: int) -> dict[str, Any]:
         """Nested {name: array metadata} of the state saved at `step`."""
@@ -155,14 +276,19 @@ class Checkpoints:
             raise FileNotFoundError(
                 f"no checkpoint of step {step} in {self.directory}; there: {have}"
             )
-        return self._manager.item_metadata(step)["state"]
+        try:
+            found = self._manager.item_metadata(step)["state"]
+        except (ValueError, KeyError, FileNotFoundError) as error:
+            raise self._damaged(step, error) from error
+        if not found:
+            raise self._damaged(step, "it does not say which arrays it holds")
+        return found
 
     def _check(self, step: int, like: TrainState) -> None:
-        def shapes(tree):
-            leaves = jax.tree_util.tree_leaves_with_path(tree)
-            return {_path(path): tuple(x.shape) for path, x in leaves}
-
-        saved, wanted = shapes(self._metadata(step)), shapes(like)
+        saved, wanted = (
+            {name: tuple(x.shape) for name, x in named(tree).items()}
+            for tree in (self._metadata(step), like)
+        )
         different = [k for k in saved | wanted if saved.get(k) != wanted.get(k)]
         if different:
             path = min(different, key=lambda k: (not k.startswith("params"), k))
@@ -174,8 +300,47 @@ class Checkpoints:
             )
 
     def wait(self) -> None:
-        """Blocks until every save is on disk; raises what a save raised."""
-        self._manager.wait_until_finished()
+        """Blocks until every save is on disk; raises CheckpointError where one is not."""
+        try:
+            self._manager.wait_until_finished()
+        except (OSError, ValueError) as error:
+            raise self._save_error(error) from error
 
     def close(self) -> None:
         self._manager.close()
+
+
+def named(tree: Any) -> dict[str, Any]:
+    """{"params/duc/low_conv/kernel": leaf}, the same for a state and its saved metadata."""
+
+    def name(key) -> str:
+        return str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key))))
+
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {"/".join(map(name, path)): leaf for path, leaf in leaves}
+
+
+def checksums(state: Any) -> dict[str, int]:
+    """A checksum per array of a replicated state, computed where the state is.
+
+    The sum modulo 2**32 of each 32-bit word times an odd number that its place determines: no
+    single changed word leaves it as it was.
+    """
+    return {name: int(value) for name, value in jax.device_get(_checksums(named(state))).items()}
+
+
+@jax.jit
+def _checksums(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    def of(x: jax.Array) -> jax.Array:
+        words = jax.lax.bitcast_convert_type(x, jnp.uint32).reshape(-1)
+        places = jax.lax.iota(jnp.uint32, words.size)
+        return jnp.sum(words * (2 * places + 1), dtype=jnp.uint32)
+
+    return {name: of(x) for name, x in arrays.items()}
+
+
+def _any_process(flag: bool) -> bool:
+    """Whether the flag is set in any process."""
+    if jax.process_count() == 1:
+        return flag
+    return bool(multihost_utils.process_allgather(np.array([flag])).any())

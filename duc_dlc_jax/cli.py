@@ -15,16 +15,37 @@ from ml_collections import config_flags
 
 from duc_dlc_jax import config as config_lib
 from duc_dlc_jax.data.labels import DataError
+from duc_dlc_jax.errors import (
+    CheckpointError,
+    MissingProcesses,
+    NotEqual,
+    NotFinite,
+    Stopped,
+)
+
+# Where a restart helps: STOPPED, 1 (another error) and signals. See docs/clusters.md.
+STOPPED = 75
+EXIT_CODES = {
+    config_lib.ConfigError: 2,
+    DataError: 2,
+    FileNotFoundError: 2,
+    NotFinite: 3,
+    CheckpointError: 4,
+    MissingProcesses: 5,
+    NotEqual: 6,
+    Stopped: STOPPED,
+}
 
 
 def run(main: Callable) -> None:
-    """absl's `app.run`; errors that a user can mend are one line on stderr and exit code 2."""
+    """absl's `app.run`; an error that a user can mend is one line on stderr and an exit code."""
 
     def guarded(argv):
         try:
             return main(argv)
-        except (config_lib.ConfigError, DataError, FileNotFoundError) as error:
-            fail(error)
+        except tuple(EXIT_CODES) as error:
+            code = next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind))
+            fail(error, code)
 
     logging.set_verbosity(logging.INFO)
     logging.use_python_logging(quiet=True)
@@ -46,9 +67,9 @@ def parsed_size(flag: str, text: str) -> tuple[int, int]:
     return int(height), int(width)
 
 
-def fail(error: Exception) -> NoReturn:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
+def fail(error: Exception, code: int = 2) -> NoReturn:
+    print(str(error) if code == STOPPED else f"error: {error}", file=sys.stderr)
+    sys.exit(code)
 
 
 def _parse(argv: list[str]) -> list[str]:

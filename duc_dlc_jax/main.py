@@ -6,30 +6,38 @@ same workdir resumes.
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
-import jax
 from absl import flags
 from ml_collections import config_flags
 
-from duc_dlc_jax import cli
+from duc_dlc_jax import cli, distributed, verify_resume
 from duc_dlc_jax.models import segmenter
 from duc_dlc_jax.train import train
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration, see configs/.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Checkpoints, figures and pictures go here.")
-_COORDINATOR = flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0, with several hosts.")
-_PROCESSES = flags.DEFINE_integer("processes", 0, "Number of processes, with --coordinator.")
-_PROCESS = flags.DEFINE_integer("process", 0, "This process, from 0, with --coordinator.")
+_VERIFY = flags.DEFINE_bool(
+    "verify_resume",
+    False,
+    "Check that a killed and resumed run equals a straight one, bit for bit.",
+)
+_VERIFY_STEPS = flags.DEFINE_integer("verify_steps", 10, "Steps of --verify_resume.")
+_RECORDS = flags.DEFINE_bool("record_names", False, "Write each step's records to records.jsonl.")
+distributed.define_flags()
 
 
 def main(_) -> None:
-    if _COORDINATOR.value:
-        jax.distributed.initialize(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
+    if _VERIFY.value:
+        workdir = Path(_WORKDIR.value or "")
+        print(verify_resume.verify(sys.argv[1:], workdir, _VERIFY_STEPS.value))
+        return
+    distributed.start(flags.FLAGS)
     workdir = Path(_WORKDIR.value or "")
     cli.use_compilation_cache(workdir)
     segmenter.enable_dtype(_CONFIG.value.model)
-    train(_CONFIG.value, workdir)
+    train(_CONFIG.value, workdir, _RECORDS.value)
 
 
 if __name__ == "__main__":

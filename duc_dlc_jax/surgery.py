@@ -225,7 +225,7 @@ def _training_batches(config: ml_collections.ConfigDict, first: int, count: int)
     sharding.check_batch(config.train.batch_size, mesh.size)
     position = first * config.train.batch_size
     batches = device_batches(config, records, position, count, mesh)
-    return shown(itertools.islice(batches, count), count, "batch")
+    return shown((batch for batch, _ in itertools.islice(batches, count)), count, "batch")
 
 
 def main(argv: list[str]) -> None:

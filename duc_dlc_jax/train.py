@@ -8,8 +8,9 @@ step.
 from __future__ import annotations
 
 import contextlib
+import json
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,11 @@ from duc_dlc_jax import optimizer as optimizers
 from duc_dlc_jax.data import pipeline
 from duc_dlc_jax.data.labels import LabelSpec
 from duc_dlc_jax.data.records import open_records
+from duc_dlc_jax.errors import Stopped
+from duc_dlc_jax.goodput import Goodput
 from duc_dlc_jax.models import pretrained, segmenter
 from duc_dlc_jax.progress import Progress
+from duc_dlc_jax.stopping import StopSignal
 from duc_dlc_jax.train_step import TrainState, create_state, init_variables, make_train_step
 
 
@@ -46,8 +50,12 @@ def total_steps(config: ml_collections.ConfigDict, images: int) -> int:
     return int(np.ceil(config.train.epochs * images / config.train.batch_size))
 
 
-def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, Any]:
+def train(
+    config: ml_collections.ConfigDict, workdir: str | Path, record_names: bool = False
+) -> dict[str, Any]:
     """Trains, or goes on training, in `workdir`; returns the scores of the last evaluation.
+
+    record_names: each step's records go by name to records.jsonl, those that this process reads.
 
     Raises ConfigError or FileNotFoundError before any compilation where the configuration, the
     devices and the prepared data do not fit together.
@@ -64,10 +72,12 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, A
     _announce(config, workdir, mesh, spec, len(records), len(val_records), steps)
 
     model = segmenter.create(config.model, spec.num_classes, sharding.bn_groups(config, mesh))
-    optimizer = optimizers.create(config.optimizer, steps)
+    optimizer, stop = optimizers.create(config.optimizer, steps), StopSignal()
     with contextlib.ExitStack() as stack:
+        stack.enter_context(stop.listening())
         kept = config.train.keep_latest, config.train.keep_best
-        saved = stack.enter_context(contextlib.closing(checkpoints.Checkpoints(workdir, *kept)))
+        saved = checkpoints.Checkpoints(workdir, *kept, training=True)
+        stack.enter_context(contextlib.closing(saved))
         state, position = _first_state(config, workdir, spec, model, optimizer, saved, mesh)
         if jax.process_index() == 0:
             workdirs.write(workdir, config, spec)
@@ -77,60 +87,115 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, A
         writer.texts(0, {"config": f"```\n{config_lib.to_json(config)}\n```"})
         batches = device_batches(config, records, position, steps - int(state.step), mesh)
         stack.enter_context(contextlib.closing(batches))
+        if record_names:
+            batches = _with_names(batches, records, workdir, int(state.step) + 1)
         step = make_train_step(model, optimizer, config, records.pixels())
         train_step = sharding.jit_train_step(step, mesh)
-        evaluation = _Evaluation(config, model, val_records, writer, workdir)
-        scores = _loop(config, state, steps, batches, train_step, evaluation, saved, writer)
+        evaluation = _Evaluation(config, model, val_records, writer, workdir, stop)
+        spent = stack.enter_context(contextlib.closing(Goodput(workdir, int(state.step))))
+        loop = _Loop(
+            config, steps, train_step, evaluation, saved, writer, stop, spent, records.name
+        )
+        scores = loop.run(state, batches)
         if jax.process_index() == 0:
             print(f"{evaluate.table(scores, spec)}\n{_next_commands(workdir, saved)}")
+            print(f"goodput          {spent.sentence(steps)}")
     return scores
 
 
-def _loop(config, state, steps, batches, train_step, evaluation, saved, writer) -> dict[str, Any]:
-    """The steps from the state's on; returns the scores of the last evaluation."""
-    first, scores = int(state.step), {}
-    progress = Progress(steps, "step", quiet=jax.process_index() != 0)
-    figures = writers.StepFigures(config.train.batch_size)
-    learning_rate = optimizers.poly_schedule(
-        config.optimizer.learning_rate,
-        config.optimizer.power,
-        steps,
-        config.optimizer.warmup_steps,
-    )
-    for step in range(first + 1, steps + 1):
-        with figures.waiting():
-            batch = next(batches)
-        state, metrics = train_step(state, batch)
-        figures.add(metrics)
+class _Loop:
+    """The training steps and what is done between them."""
 
-        last = step == steps
-        log = last or step % config.train.log_every == 0
+    def __init__(self, config, steps, train_step, evaluation, saved, writer, stop, spent, name):
+        """spent: a Goodput; name: of a training record, by its index."""
+        self._config, self._steps, self._train_step = config, steps, train_step
+        self._evaluation, self._saved, self._writer = evaluation, saved, writer
+        self._stop, self._goodput = stop, spent
+        self._figures = writers.StepFigures(config.train.batch_size, name)
+        self._progress = Progress(steps, "step", quiet=jax.process_index() != 0)
+        self._scores: dict[str, Any] = {}
+
+    def run(self, state: TrainState, batches: Iterator) -> dict[str, Any]:
+        """From the state's step on; returns the scores of the last evaluation.
+
+        Raises Stopped after SIGTERM, with the state saved.
+        """
+        first = int(state.step)
+        self._goodput.started()
+        if first and self._evaluating(first) and not self._saved.has_scores(first):
+            self._keep(state, first, evaluating=True)  # SIGTERM had come during it
+        for step in range(first + 1, self._steps + 1):
+            with self._figures.waiting(), self._goodput.spent("data"):
+                batch, records = next(batches)
+            compiling = contextlib.nullcontext()
+            if step == first + 1:
+                compiling = self._goodput.spent("compile")
+            with compiling:
+                state, metrics = self._train_step(state, batch)
+            self._figures.add(metrics, records)
+            self._log(step)
+            stopping = self._stop.reached()
+            evaluating = self._evaluating(step)
+            if evaluating or stopping or step % self._config.train.checkpoint_every == 0:
+                start = time.monotonic()
+                self._figures.check_finite(step)
+                self._keep(state, step, evaluating, stopping)
+                self._progress.pause(time.monotonic() - start)
+                self._figures.restart()
+        self._saved.wait()
+        return self._scores or self._evaluation(state)  # a finished run only evaluates
+
+    def _evaluating(self, step: int) -> bool:
+        every = self._config.train.eval_every
+        return step == self._steps or bool(every and step % every == 0)
+
+    def _log(self, step: int) -> None:
+        log = step == self._steps or step % self._config.train.log_every == 0
         if log:
-            values = figures.take(step) | {
-                "learning_rate": float(np.asarray(learning_rate(step - 1)))
-            }
-            writer.scalars(step, {f"train/{name}": value for name, value in values.items()})
-        progress.show(step, figures.text, log)
+            values = self._figures.take(step) | {"learning_rate": self._learning_rate(step)}
+            values = {f"train/{name}": value for name, value in values.items()}
+            self._writer.scalars(step, values | self._goodput.line(step))
+        self._progress.show(step, self._figures.text, log)
 
-        evaluating = last or (config.train.eval_every and step % config.train.eval_every == 0)
-        if not (evaluating or step % config.train.checkpoint_every == 0):
-            continue
-        start = time.monotonic()
-        figures.check_finite(step)
+    def _learning_rate(self, step: int) -> float:
+        optimizer = self._config.optimizer
+        schedule = optimizers.poly_schedule(
+            optimizer.learning_rate, optimizer.power, self._steps, optimizer.warmup_steps
+        )
+        return float(np.asarray(schedule(step - 1)))
+
+    def _keep(self, state, step: int, evaluating: bool, stopping: bool = False) -> None:
+        """Saves the state, with its scores where it is time for them.
+
+        Raises Stopped after SIGTERM, which also ends an evaluation.
+        """
         headline = None
-        if evaluating:
-            scores = evaluation(state)
-            headline = {name: scores[name] for name in evaluate.HEADLINE}
-            progress.say(f"step {step}: " + "  ".join(f"{k} {v:.4f}" for k, v in headline.items()))
-        saved.save(state, step * config.train.batch_size, config, headline)
-        progress.pause(time.monotonic() - start)
-        figures.restart()
-    saved.wait()
-    return scores or evaluation(state)  # a finished run, started again, only evaluates
+        if evaluating and not stopping:
+            try:
+                with self._goodput.spent("evaluation"):
+                    self._scores = self._evaluation(state)
+                headline = {name: self._scores[name] for name in evaluate.HEADLINE}
+                figures = "  ".join(f"{name} {value:.4f}" for name, value in headline.items())
+                self._progress.say(f"step {step}: {figures}")
+            except Stopped:
+                stopping = True
+        with self._goodput.spent("checkpoint"):
+            position = step * self._config.train.batch_size
+            self._saved.save(state, position, self._config, headline)
+            if stopping:
+                self._saved.wait()
+        self._goodput.line(step)
+        if stopping:
+            raise Stopped(f"stopped by SIGTERM; step {step} is saved, the same command goes on")
 
 
-def device_batches(config, records, position: int, count: int, mesh) -> Generator[dict, None, None]:
-    """`count` global batches on the devices, from the image at `position` of the stream on."""
+def device_batches(
+    config, records, position: int, count: int, mesh
+) -> Generator[tuple[dict[str, jax.Array], np.ndarray], None, None]:
+    """`count` global batches on the devices, from the image at `position` of the stream on.
+
+    With each come the indices of the records that this process read, int32 [b].
+    """
     start = position // config.train.batch_size
     names = ["image", "label"]
     names += ["valid"] if config.model.bn_padding == "masked" else []
@@ -148,12 +213,26 @@ def device_batches(config, records, position: int, count: int, mesh) -> Generato
     )
     try:
         for batch in iterator:
-            yield sharding.to_devices({name: batch[name] for name in names}, mesh)
+            local = {name: batch[name] for name in names}
+            yield sharding.to_devices(local, mesh), batch["record"]
     except RuntimeError as error:
         raise pipeline.with_record(error, records) from error
     finally:
         if hasattr(iterator, "close"):
             iterator.close()
+
+
+def _with_names(batches, records, workdir: Path, step: int):
+    """The batches; a line of records.jsonl is written before each, from `step` on."""
+    index = jax.process_index()
+    name = f"records-{index}.jsonl" if index else "records.jsonl"
+    with open(workdir / name, "a", encoding="utf-8") as file:
+        for batch, indices in batches:
+            names = [records.name(int(i)) for i in indices]
+            file.write(json.dumps({"step": step, "records": names}) + "\n")
+            file.flush()
+            step += 1
+            yield batch, indices
 
 
 def _first_state(config, workdir, spec, model, optimizer, saved, mesh) -> tuple[TrainState, int]:
@@ -163,17 +242,16 @@ def _first_state(config, workdir, spec, model, optimizer, saved, mesh) -> tuple[
         return create_state(model, optimizer, config, variables)
 
     everywhere = sharding.replicated(mesh)
-    latest = saved.latest_step()
-    if latest is not None:
+    if saved.latest_step() is not None:
         for name, (old, new) in workdirs.changed_fields(workdir, config).items():
             logging.warning("resuming with %s=%r; the workdir was trained with %r", name, new, old)
-        abstract = jax.eval_shape(fresh)
-        like = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), abstract
-        )
-        state, position = saved.restore(latest, like)
-        logging.info("resuming from step %d in %s", latest, saved.directory)
-        return state, position
+    like = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere),
+        jax.eval_shape(fresh),
+    )
+    if restored := saved.restore_latest(like):
+        logging.info("resuming from step %d in %s", int(restored[0].step), saved.directory)
+        return restored
     variables = init_variables(model, config.seed)
     if config.init.weights:
         params, batch_stats, _ = pretrained.load_backbone(
@@ -194,8 +272,8 @@ def _first_state(config, workdir, spec, model, optimizer, saved, mesh) -> tuple[
 class _Evaluation:
     """Scores of a state on the evaluation split, written with their pictures."""
 
-    def __init__(self, config, model, records, writer, workdir):
-        self._config, self._records = config, records
+    def __init__(self, config, model, records, writer, workdir, stop):
+        self._config, self._records, self._stop = config, records, stop
         self._writer, self._workdir = writer, workdir
         self._evaluator = evaluate.Evaluator(
             model,
@@ -206,7 +284,9 @@ class _Evaluation:
 
     def __call__(self, state: TrainState) -> dict[str, Any]:
         step, spec, start = int(state.step), self._records.spec, time.monotonic()
-        examples = pipeline.eval_examples(self._records, jax.process_index(), jax.process_count())
+        processes = jax.process_count()
+        examples = pipeline.eval_examples(self._records, jax.process_index(), processes)
+        examples = self._stop.watched(examples, -(-len(self._records) // processes))
         scores, kept = self._evaluator.run(
             state.variables(), examples, keep=self._config.eval.pictures
         )

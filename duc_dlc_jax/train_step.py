@@ -92,9 +92,10 @@ def make_train_step(
     image, in pixels. `model.bn_padding="masked"` needs it and raises ConfigError without.
 
     Loss and gradients are those of the mean over all labelled pixels of the global batch (PyTorch's
-    data parallel averages the devices' means instead). pixels: of each class in the training split,
-    for `loss.class_balance`. Metrics are float32 scalars: loss, grad_norm, PA (of the training
-    batch). Dropout derives from `key`, by default that of config.seed, and the step.
+    data parallel averages the devices' means instead). Where the loss or the gradient is not finite
+    the state stays as it was, its step included. pixels: of each class in the training split, for
+    `loss.class_balance`. Metrics are float32 scalars: loss, grad_norm, PA (of the training batch).
+    Dropout derives from `key`, by default that of config.seed, and the step.
     """
     chosen = losses.options(config.loss, model.num_classes, pixels)
 
@@ -138,6 +139,8 @@ def make_train_step(
         metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads), "PA": accuracy}
         if "bad" in batch:
             metrics["bad_share"] = batch["bad"].mean(dtype=jnp.float32)
-        return TrainState(state.step + 1, params, batch_stats, opt_state, ema), metrics
+        after = TrainState(state.step + 1, params, batch_stats, opt_state, ema)
+        finite = jnp.isfinite(loss) & jnp.isfinite(metrics["grad_norm"])
+        return jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, state), metrics
 
     return train_step

@@ -6,13 +6,15 @@ import contextlib
 import json
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from absl import logging
+
+from duc_dlc_jax.errors import NotFinite
 
 
 class Writer:
@@ -75,9 +77,11 @@ class Writer:
 class StepFigures:
     """Figures of the steps since the last log line; keeps at most two steps in flight."""
 
-    def __init__(self, batch_size: int):
-        self._batch_size = batch_size
+    def __init__(self, batch_size: int, name: Callable[[int], str] = str):
+        """name: of a record, for errors."""
+        self._batch_size, self._name = batch_size, name
         self._metrics: list[dict[str, jax.Array]] = []
+        self._records: list[np.ndarray] = []
         self._in_flight: deque[jax.Array] = deque()
         self.text = ""
         self.restart()
@@ -93,8 +97,10 @@ class StepFigures:
         yield
         self._waited += time.monotonic() - start
 
-    def add(self, metrics: dict[str, jax.Array]) -> None:
+    def add(self, metrics: dict[str, jax.Array], records: np.ndarray) -> None:
+        """records: int [b], those of the batch that this process read."""
         self._metrics.append(metrics)
+        self._records.append(records)
         self._steps += 1
         self._in_flight.append(metrics["loss"])
         if len(self._in_flight) > 2:
@@ -115,15 +121,21 @@ class StepFigures:
         self.text = f"loss {means['loss']:.4f}  {means['images_per_second']:.1f} images/s"
         self.text += f"  {100 * means['data_wait_share']:.0f}% waiting for data"
         self._metrics.clear()
+        self._records.clear()
         self.restart()
         return means
 
     def check_finite(self, step: int) -> None:
-        """Raises FloatingPointError before a state with NaN could be saved."""
-        for row in jax.device_get(self._metrics):
+        """Raises NotFinite, before a step counts that was none.
+
+        step: the last one that was added.
+        """
+        for i, row in enumerate(jax.device_get(self._metrics)):
             if not np.isfinite(row["loss"]) or not np.isfinite(row["grad_norm"]):
-                raise FloatingPointError(
-                    f"loss {row['loss']}, gradient norm {row['grad_norm']} at or before step "
-                    f"{step}: nothing was saved since the last checkpoint; lower "
-                    "optimizer.learning_rate or set optimizer.clip_norm"
+                names = ", ".join(self._name(int(record)) for record in self._records[i])
+                raise NotFinite(
+                    f"loss {row['loss']}, gradient norm {row['grad_norm']} in step "
+                    f"{step - len(self._metrics) + 1 + i}, which was not taken and not saved. Its "
+                    f"batch (this process's part): {names}. Lower optimizer.learning_rate or set "
+                    "optimizer.clip_norm; the same command goes on from the last checkpoint"
                 )

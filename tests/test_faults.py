@@ -1,17 +1,20 @@
-"""Runs that are killed and started again."""
+"""Runs that are killed, told to stop, or find their files damaged, and started again."""
 
 import contextlib
 import json
 import pathlib
 import random
+import re
+import resource
 import signal
 import subprocess
+import sys
 import time
 
 import numpy as np
 import pytest
 
-from runs import command, environment, run, saved_state
+from runs import command, environment, free_port, run, saved_state
 
 pytestmark = pytest.mark.fault
 
@@ -30,23 +33,41 @@ DEMO = {
     "train.eval_every": 15,
     "train.checkpoint_every": 5,
 }
+KILLED_STEPS = 60  # of tests/killed_runs.py
+
+
+def start(arguments, workdir, devices=1, **env):
+    """Starts a run whose processes can be found again; its output goes to workdir/log.txt."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    with open(workdir / "log.txt", "w") as log:
+        env = environment(devices, DUC_DLC_TEST_RUN=str(workdir), **env)
+        return subprocess.Popen(arguments, env=env, stdout=log, stderr=log)
+
+
+def wait_for(condition, process=None, seconds=240):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process is None or process.poll() is None, "the run ended too early"
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
+
+
+def log(workdir) -> str:
+    return (workdir / "log.txt").read_text()
 
 
 def kill_after(arguments, workdir, saves):
     """Starts a run and kills it with SIGKILL some time after its `saves`-th new checkpoint."""
     generator = random.Random(saves)
-    process = subprocess.Popen(
-        arguments,
-        env=environment(DUC_DLC_TEST_RUN=str(workdir)),
-        stderr=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-    )
     folder, seen = workdir / "checkpoints", set()
     before = {p.name for p in folder.glob("[0-9]*")}
-    deadline = time.monotonic() + 240
-    while len(seen) < saves and process.poll() is None and time.monotonic() < deadline:
-        seen |= {p.name for p in folder.glob("[0-9]*") if p.name.isdigit()} - before
-        time.sleep(0.05)
+    process = start(arguments, workdir)
+
+    def saved():
+        seen.update({p.name for p in folder.glob("[0-9]*") if p.name.isdigit()} - before)
+        return len(seen) >= saves
+
+    wait_for(saved, process)
     time.sleep(generator.uniform(0, 1.5))
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL, "the run ended before it was killed"
@@ -62,6 +83,18 @@ def processes_of(workdir) -> list[str]:
     return found
 
 
+def assert_same_state(first, second, step):
+    first, second = saved_state(first, step), saved_state(second, step)
+    assert first.keys() == second.keys()
+    for name in first:
+        np.testing.assert_array_equal(first[name], second[name], err_msg=name)
+
+
+def evaluations(workdir) -> dict[int, float]:
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["val/mIoU"] for line in lines if "val/mIoU" in line}
+
+
 def test_killed_demo_equals_the_uninterrupted_demo(scenes_dir, tmp_path):
     """Killed in the middle of epochs while worker processes hold batches ahead."""
     changes = {name.replace(".", "__"): value for name, value in DEMO.items()}
@@ -70,18 +103,231 @@ def test_killed_demo_equals_the_uninterrupted_demo(scenes_dir, tmp_path):
     arguments = command(scenes_dir, killed, data__workers=2, **changes)
     for saves in (1, 2):
         kill_after(arguments, killed, saves)
-        deadline = time.monotonic() + 30
-        while processes_of(killed) and time.monotonic() < deadline:
-            time.sleep(0.5)
-        assert not processes_of(killed), "workers outlive their killed trainer"
+        wait_for(lambda: not processes_of(killed), seconds=30)  # no worker outlives its trainer
     run(arguments)
+    assert_same_state(straight, killed, 40)
+    assert evaluations(straight)[40] == evaluations(killed)[40]
 
-    first, second = saved_state(straight, 40), saved_state(killed, 40)
-    assert first.keys() == second.keys()
-    for name in first:
-        np.testing.assert_array_equal(first[name], second[name], err_msg=name)
-    scores = [
-        json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["val/mIoU"]
-        for folder in (straight, killed)
+
+def test_a_run_killed_at_20_points_equals_the_uninterrupted_one(scenes_dir, tmp_path):
+    """5 kills in a step, 10 in a save, 5 while an old checkpoint is deleted; seed 0."""
+    program = pathlib.Path(__file__).parent / "killed_runs.py"
+    killed, straight = tmp_path / "killed", tmp_path / "straight"
+    arguments = [sys.executable, str(program), str(scenes_dir), str(killed), "20", "0"]
+    report = json.loads(run(arguments, timeout=900).stdout.splitlines()[-1])
+    trials = report["trials"]
+    assert [one["kind"] for one in trials] == ["step", "save", "delete", "save"] * 5
+    assert report["end"] == "finished"
+    in_save = [one for one in trials if one["kind"] == "save" and one["unfinished"]]
+    whole = max(count for one in trials for count in one["files"].values())
+    in_delete = [
+        one for one in trials if one["kind"] == "delete" and min(one["files"].values()) < whole
     ]
-    assert scores[0] == scores[1]
+    print(f"{len(in_save)} unfinished saves, {len(in_delete)} unfinished deletions")
+    assert len(in_save) >= 5
+    assert len(in_delete) >= 3
+    changes = {"train__steps": KILLED_STEPS, "train__log_every": 10, "eval__pictures": 0}
+    run(command(scenes_dir, straight, optimizer__ema_decay=0.9, **changes))
+    assert_same_state(straight, killed, KILLED_STEPS)
+
+
+# SIGTERM: exit code 75, a checkpoint, and nothing else is different afterwards.
+
+SLOW_EVALUATION = {"eval__scales": "(0.5, 1.0, 1.5)", "eval__flip": True, "eval__batch_size": 1}
+STOPPED = {"train__steps": 8, "train__log_every": 1, "train__eval_every": 4} | SLOW_EVALUATION
+
+
+@pytest.fixture(scope="module")
+def straight(scenes_dir, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("straight")
+    run(command(scenes_dir, workdir, **STOPPED))
+    return workdir
+
+
+@pytest.mark.parametrize("moment", ["compilation", "training", "evaluation"])
+def test_sigterm_saves_and_the_next_start_goes_on(scenes_dir, straight, tmp_path, moment):
+    arguments = command(scenes_dir, tmp_path, data__workers=int(moment == "training"), **STOPPED)
+    cold = {"JAX_COMPILATION_CACHE_DIR": ""} if moment == "compilation" else {}
+    process = start(arguments, tmp_path, **cold)
+    sign = {
+        "compilation": "starts from scratch",
+        "training": "step 2/8",
+        "evaluation": "step 4/8",  # written before the evaluation of step 4
+    }[moment]
+    wait_for(lambda: sign in log(tmp_path), process)
+    if moment == "training":  # a cluster tells the workers, too
+        for pid in processes_of(tmp_path):
+            subprocess.run(["kill", "-TERM", pid], check=False)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=200) == 75, log(tmp_path)[-3000:]
+    (step,) = [
+        int(line.split("step ")[1].split()[0])
+        for line in log(tmp_path).splitlines()
+        if line.startswith("stopped by SIGTERM")
+    ]
+    assert (tmp_path / "checkpoints" / str(step)).is_dir()
+    if moment == "compilation":
+        assert step == 1
+    if moment == "evaluation":
+        assert step == 4
+        assert 4 not in evaluations(tmp_path)
+    run(arguments)
+    assert_same_state(straight, tmp_path, 8)
+    assert evaluations(straight) == evaluations(tmp_path)
+
+
+def start_two(scenes_dir, folder, *flags, **changes):
+    """Two processes of two devices each, with a workdir in common."""
+    flags += (f"--coordinator=localhost:{free_port()}", "--processes=2")
+    return [
+        start(
+            command(scenes_dir, folder / "run", *flags, f"--process={i}", **changes),
+            folder / str(i),
+            devices=2,
+        )
+        for i in range(2)
+    ]
+
+
+ENDLESS = {"train__steps": 100000, "train__log_every": 5, "train__checkpoint_every": 50}
+
+
+def test_sigterm_to_one_process_of_two_stops_both_at_the_same_step(scenes_dir, tmp_path):
+    processes = start_two(scenes_dir, tmp_path, **ENDLESS)
+    wait_for(lambda: "step 10/" in log(tmp_path / "0"), processes[0])
+    processes[1].send_signal(signal.SIGTERM)
+    assert [process.wait(timeout=120) for process in processes] == [75, 75]
+    ends = {log(tmp_path / str(i)).splitlines()[-1] for i in range(2)}
+    assert len(ends) == 1
+    assert "stopped by SIGTERM; step" in ends.pop()
+
+
+def test_a_killed_process_of_two_ends_the_other_which_names_it(scenes_dir, tmp_path):
+    timeout = 20
+    processes = start_two(scenes_dir, tmp_path, f"--heartbeat_timeout={timeout}", **ENDLESS)
+    wait_for(lambda: "step 10/" in log(tmp_path / "0"), processes[0])
+    processes[1].send_signal(signal.SIGKILL)
+    begin = time.monotonic()
+    assert processes[0].wait(timeout=timeout + 60) not in (0, 75)
+    print(f"the other ended after {time.monotonic() - begin:.0f} s, heartbeat {timeout} s")
+    named = r"Task 1 heartbeat timeout|\(stopped sending heartbeats\):\s+1\b"
+    assert re.search(named, log(tmp_path / "0"))
+
+
+def test_a_process_that_does_not_arrive_is_named(scenes_dir, tmp_path):
+    flags = (f"--coordinator=localhost:{free_port()}", "--processes=3", "--start_timeout=15")
+    processes = [
+        start(command(scenes_dir, tmp_path / "run", *flags, f"--process={i}"), tmp_path / str(i))
+        for i in (0, 2)
+    ]
+    assert [process.wait(timeout=60) for process in processes] == [5, 5]
+    for i in (0, 2):
+        assert "process 1 of 3 did not arrive; there: 0 (" in log(tmp_path / str(i))
+
+
+# Files
+
+
+def test_a_full_disk_ends_the_run_and_keeps_the_checkpoints_before(scenes_dir, tmp_path):
+    """Files may not grow beyond 100 kB from some step on; the state has 1.4 MB."""
+    changes = {"train__steps": 400, "train__checkpoint_every": 2, "train__log_every": 1}
+    process = start(command(scenes_dir, tmp_path, **changes), tmp_path)
+    wait_for(lambda: (tmp_path / "checkpoints" / "4").is_dir(), process)
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (100_000, 100_000))
+    assert process.wait(timeout=60) == 4, log(tmp_path)[-3000:]
+    assert "a checkpoint cannot be written to" in log(tmp_path)
+    kept = [int(p.name) for p in (tmp_path / "checkpoints").glob("[0-9]*") if p.name.isdigit()]
+    assert max(kept) >= 4
+    last_step = max(
+        int(row.split("/")[0][5:]) for row in log(tmp_path).splitlines() if row[:5] == "step "
+    )
+    assert last_step <= max(kept) + 4, "the error came later than with the next save"
+    again = command(scenes_dir, tmp_path, **changes | {"train__steps": max(kept) + 2})
+    assert f"resuming from step {max(kept)}" in run(again).stderr
+
+
+def test_a_diverging_run_names_its_batch_and_saves_nothing_of_it(scenes_dir, tmp_path):
+    changes = {"optimizer__learning_rate": 1e30, "train__log_every": 1}
+    result = run(command(scenes_dir, tmp_path, "--record_names", **changes), check=False)
+    assert result.returncode == 3, result.stderr[-3000:]
+    (line,) = [x for x in result.stderr.splitlines() if x.startswith("error: loss")]
+    step = int(line.split("in step ")[1].split(",")[0])
+    rows = [json.loads(x) for x in (tmp_path / "records.jsonl").read_text().splitlines()]
+    (names,) = [row["records"] for row in rows if row["step"] == step]
+    assert ", ".join(names) in line
+    saved = [int(p.name) for p in (tmp_path / "checkpoints").glob("[0-9]*")]
+    assert all(number < step for number in saved)
+    for number in saved:
+        assert all(np.isfinite(x).all() for x in saved_state(tmp_path, number).values())
+
+
+RESTORE = """
+import sys, jax
+from duc_dlc_jax import checkpoints, optimizer, sharding, train_step
+from duc_dlc_jax.models import segmenter
+from runs import tiny_config
+config = tiny_config("")
+model, rule = segmenter.create(config.model, 8), optimizer.create(config.optimizer, 6)
+everywhere = sharding.replicated(sharding.make_mesh())
+like = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere),
+    jax.eval_shape(lambda: train_step.create_state(model, rule, config)),
+)
+state, position = checkpoints.Checkpoints(sys.argv[1]).restore(2, like)
+devices = {len(x.sharding.device_set) for x in jax.tree.leaves(state)}
+print(devices, position, sorted(checkpoints.checksums(state).items()))
+"""
+
+
+def test_saved_on_eight_devices_restored_on_four_and_one(scenes_dir, tmp_path):
+    changes = {"train__steps": 2, "train__batch_size": 8, "eval__batch_size": 1}
+    run(command(scenes_dir, tmp_path, **changes), devices=8)
+    tests = str(pathlib.Path(__file__).parent)
+    program = f"import sys; sys.path.insert(0, {tests!r})\n{RESTORE}"
+    printed = {
+        devices: run([sys.executable, "-c", program, str(tmp_path)], devices=devices).stdout
+        for devices in (8, 4, 1)
+    }
+    assert printed[8].startswith("{8} 16 [('batch_stats/")
+    assert printed[8].partition(" ")[2] == printed[4].partition(" ")[2]
+    assert printed[8].partition(" ")[2] == printed[1].partition(" ")[2]
+
+
+def test_verify_resume_finds_equal_runs_and_notices_one_flipped_bit(scenes_dir, tmp_path):
+    from duc_dlc_jax import config as config_lib
+    from duc_dlc_jax import verify_resume
+    from duc_dlc_jax.errors import NotEqual
+
+    flags = ("--verify_resume", "--verify_steps=4")
+    result = run(command(scenes_dir, tmp_path, *flags, optimizer__ema_decay=0.9))
+    assert result.stdout.startswith("equal bit for bit: ")
+    assert "16 records of 4 steps" in result.stdout
+    folders = [tmp_path / "verify_resume" / name for name in ("straight", "killed")]
+    flip_a_bit_of_the_momentum(folders[1], 4)
+    with pytest.raises(NotEqual, match=r"opt_state/.*kernel: 1 of \d+ numbers, by up to"):
+        verify_resume.compare(*folders, 4)
+    row = folders[0] / "records.jsonl"
+    row.write_text(row.read_text().replace("train", "other", 1))
+    with pytest.raises(NotEqual, match="records of step 1"):
+        verify_resume.compare(*folders, 4)
+    assert config_lib.from_json((folders[0] / "config.json").read_text()).train.steps == 4
+
+
+def flip_a_bit_of_the_momentum(workdir, step):
+    """Saves the state again with one bit of one number of the momentum changed."""
+    import jax
+    import orbax.checkpoint as ocp
+
+    path = workdir / "checkpoints" / str(step) / "state"
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        saved = checkpointer.metadata(path).item_metadata.tree
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved)
+        state = checkpointer.restore(path, ocp.args.PyTreeRestore(restore_args=as_numpy))
+        names = jax.tree_util.tree_leaves_with_path(state)
+        kernel = next(
+            leaf
+            for key, leaf in names
+            if "opt_state" in jax.tree_util.keystr(key) and "kernel" in jax.tree_util.keystr(key)
+        )
+        kernel.reshape(-1).view(np.uint32)[5] ^= 1
+        checkpointer.save(path, state, force=True)

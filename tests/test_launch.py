@@ -1,13 +1,20 @@
-"""launch/local.sh, with a stand-in for Python that reports how it was called."""
+"""The launch scripts, with stand-ins for Python and gcloud that note how they were called."""
 
 import os
 import pathlib
+import shutil
 import subprocess
 import time
+from types import SimpleNamespace
 
 import pytest
+import yaml
 
-SCRIPT = pathlib.Path(__file__).parent.parent / "launch" / "local.sh"
+from duc_dlc_jax import cli, distributed
+from duc_dlc_jax.config import ConfigError
+
+LAUNCH = pathlib.Path(__file__).parent.parent / "launch"
+SCRIPT = LAUNCH / "local.sh"
 STAND_IN = """#!/usr/bin/env bash
 if [[ $1 == -c ]]; then echo 12345; exit; fi
 echo "$JAX_NUM_CPU_DEVICES $*" > "{folder}/called-${{*: -1}}"
@@ -58,3 +65,152 @@ def test_wrong_options_end_before_anything_starts(tmp_path, arguments):
     assert result.returncode == 2
     assert "error: " in result.stderr
     assert not list(tmp_path.glob("called*"))
+
+
+# launch/tpu_pod.sh
+
+GCLOUD = """#!/usr/bin/env bash
+printf '%s\\n' "$*" >>"{folder}/calls"
+case "$*" in
+  *describe*)  # the next state; the last one stays
+    head -n 1 "{folder}/states"
+    if (($(wc -l <"{folder}/states") > 1)); then sed -i 1d "{folder}/states"; fi ;;
+  *"cat duc_dlc_jax/exit_code"*)
+    head -n 1 "{folder}/codes"
+    if (($(wc -l <"{folder}/codes") > 1)); then sed -i 1d "{folder}/codes"; fi ;;
+esac
+"""
+SLICE = ["--name=run1", "--zone=us-west4-a", "--type=v5litepod-16", "--poll=0"]
+TRAINER = ["--config=configs/ade20k.py", "--workdir=/mnt/a b"]
+
+
+def tpu_pod(folder, *options, states=("", "ACTIVE"), codes=("0",)):
+    """Runs the script; returns its result and the commands that gcloud was called with."""
+    (folder / "gcloud").write_text(GCLOUD.format(folder=folder))
+    (folder / "gcloud").chmod(0o755)
+    (folder / "states").write_text("\n".join(states) + "\n")
+    (folder / "codes").write_text("\n".join(codes) + "\n")
+    (folder / "calls").write_text("")
+    env = os.environ | {"PATH": f"{folder}:{os.environ['PATH']}"}
+    command = [LAUNCH / "tpu_pod.sh", *SLICE, *options, "--", *TRAINER]
+    result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+    return result, (folder / "calls").read_text().splitlines()
+
+
+def kinds(calls) -> list[str]:
+    """What each call of gcloud was for."""
+    names = ("create", "delete", "scp", "pip install", "nohup", "tail -n", "--command=true")
+    return [name for call in calls for name in names if name in call]
+
+
+WHOLE = ["create", "scp", "pip install", "--command=true", "nohup", "tail -n", "delete"]
+
+
+def test_a_slice_is_created_installed_trained_on_and_deleted(tmp_path):
+    result, calls = tpu_pod(tmp_path, "--spot")
+    assert result.returncode == 0, result.stderr
+    assert kinds(calls) == WHOLE
+    create = next(call for call in calls if "create" in call)
+    for word in ("--spot", "--zone=us-west4-a", "--accelerator-type=v5litepod-16", "run1"):
+        assert word in create.split()
+    train = next(call for call in calls if "nohup" in call)
+    assert "--worker=all" in train
+    assert r"duc_dlc_jax.main --config=configs/ade20k.py --workdir=/mnt/a\ b" in train
+
+
+def test_a_preempted_slice_is_made_anew_and_the_run_resumes(tmp_path):
+    states = ("", "ACTIVE", "SUSPENDED", "SUSPENDED", "ACTIVE")
+    result, calls = tpu_pod(tmp_path, "--spot", states=states)
+    assert result.returncode == 0, result.stderr
+    assert kinds(calls) == [*WHOLE, *WHOLE]
+    assert len({call for call in calls if "nohup" in call}) == 1  # the same command
+
+
+def test_a_crash_is_tried_again_and_a_wrong_configuration_is_not(tmp_path):
+    result, calls = tpu_pod(tmp_path, states=("", "ACTIVE"), codes=("134", "2"))
+    assert result.returncode == 2
+    trained = ["scp", "pip install", "--command=true", "nohup", "tail -n"]
+    assert kinds(calls) == ["create", *trained, *trained, "delete"]
+    assert "exit code 134: attempt 1 of 20" in result.stderr
+
+
+def test_a_dry_run_prints_each_command_and_runs_none(tmp_path):
+    result, calls = tpu_pod(tmp_path, "--spot", "--dry_run")
+    assert result.returncode == 0, result.stderr
+    assert calls == []
+    printed = [line for line in result.stderr.splitlines() if line.startswith("+ ")]
+    assert kinds(line.replace("\\ ", " ") for line in printed) == WHOLE
+
+
+@pytest.mark.parametrize("wrong", [["--zone="], ["--nmae=x"]])
+def test_wrong_options_of_the_tpu_script(tmp_path, wrong):
+    result, calls = tpu_pod(tmp_path, *wrong)
+    assert result.returncode == 2
+    assert "error: " in result.stderr
+    assert calls == []
+
+
+# launch/kubernetes.yaml, and what processes learn from their cluster
+
+
+def arguments(**given):
+    return SimpleNamespace(**{"coordinator": "", "processes": 0, "process": 0} | given)
+
+
+def test_kubernetes_pods_find_each_other():
+    jobset = yaml.safe_load((LAUNCH / "kubernetes.yaml").read_text())
+    assert (jobset["apiVersion"], jobset["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
+    (group,) = jobset["spec"]["replicatedJobs"]
+    job = group["template"]["spec"]
+    (container,) = job["template"]["spec"]["containers"]
+    env = {one["name"]: one["value"] for one in container["env"]}
+    assert job["completionMode"] == "Indexed"
+    assert str(job["parallelism"]) == str(job["completions"]) == env["JAX_NUM_PROCESSES"]
+    name, port = jobset["metadata"]["name"], container["ports"][0]["containerPort"]
+    # A pod's host name is JOBSET-GROUP-JOB-POD, in the domain of the JobSet's service.
+    assert env["JAX_COORDINATOR_ADDRESS"] == f"{name}-{group['name']}-0-0.{name}:{port}"
+    assert distributed.place(arguments(), env | {"JOB_COMPLETION_INDEX": "3"}) == {
+        "coordinator_address": env["JAX_COORDINATOR_ADDRESS"],
+        "num_processes": 4,
+        "process_id": 3,
+    }
+    (rule,) = job["podFailurePolicy"]["rules"]
+    assert rule["onExitCodes"]["containerName"] == container["name"]
+    codes = {code for code in cli.EXIT_CODES.values() if code not in (5, cli.STOPPED)}
+    assert set(rule["onExitCodes"]["values"]) == codes
+    final = " | ".join(map(str, sorted(codes)))
+    assert f"  {final}) exit" in (LAUNCH / "slurm.sbatch").read_text()
+    assert f"  0 | {final}) break" in (LAUNCH / "tpu_pod.sh").read_text()
+    assert job["template"]["spec"]["restartPolicy"] == "Never"
+
+
+def slurm(**changes):
+    base = {"SLURM_NTASKS": "4", "SLURM_STEP_NODELIST": "gpu[07-09,12]", "SLURM_PROCID": "2"}
+    return base | {"SLURM_JOB_ID": "5001", "SLURM_LOCALID": "1"} | changes
+
+
+def test_slurm_tasks_find_each_other():
+    expected = {"coordinator_address": "gpu07:62345", "num_processes": 4, "process_id": 2}
+    assert distributed.place(arguments(), slurm()) == expected
+    single = distributed.place(arguments(), slurm(SLURM_STEP_NODELIST="login1,gpu2"))
+    assert single["coordinator_address"] == "login1:62345"
+    given = distributed.place(arguments(coordinator="10.0.0.1:99"), slurm())
+    assert given == expected | {"coordinator_address": "10.0.0.1:99"}
+    per_card = slurm(CUDA_VISIBLE_DEVICES="0,1", SLURM_STEP_TASKS_PER_NODE="2(x2)")
+    assert distributed.place(arguments(), per_card)["local_device_ids"] == [1]
+    assert distributed.place(arguments(), slurm(SLURM_NTASKS="1")) is None
+
+
+def test_flags_that_do_not_fit():
+    with pytest.raises(ConfigError, match="--process=2 --processes=2"):
+        distributed.place(arguments(coordinator="a:1", processes=2, process=2), {})
+    with pytest.raises(ConfigError, match="need --coordinator"):
+        distributed.place(arguments(processes=2), {})
+    assert distributed.place(arguments(), {}) is None
+
+
+@pytest.mark.skipif(not shutil.which("shellcheck"), reason="shellcheck is not installed")
+def test_shellcheck_has_nothing_to_say():
+    scripts = [*LAUNCH.glob("*.sh"), LAUNCH / "slurm.sbatch"]
+    result = subprocess.run(["shellcheck", *scripts], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout

@@ -87,7 +87,7 @@ class Trainer:
         losses, window, progress = [], [], Progress(self._steps, "step")
         scores: dict[str, Any] = {}
         with contextlib.closing(self._batches(config)) as batches:
-            for step, batch in enumerate(batches, 1):
+            for step, (batch, _) in enumerate(batches, 1):
                 if step == 1 and self._compiled is None:
                     seconds["compile"] = self._compile(state, batch, key)
                 state, metrics = self._step(state, batch, key)

@@ -89,7 +89,7 @@ def random_batch(config: ml_collections.ConfigDict, classes: int) -> dict[str, n
     size: Any = config_lib.crop_shape(config.data)
     image = rng.integers(0, 256, (batch, *size, 3)).astype(np.uint8)
     label = rng.integers(0, classes, image.shape[:3]).astype(np.uint8)
-    return {"image": image, "label": label, "valid": np.tile(np.int32(size), (batch, 1))}
+    return {"image": image, "label": label, "valid": np.tile(np.array(size, np.int32), (batch, 1))}
 
 
 def time_train_step(config, model, mesh, variables, data, steps: int) -> tuple[float, int]:
@@ -255,7 +255,7 @@ def fed(config: ml_collections.ConfigDict, steps: int, rounds: int = 5) -> dict[
     train_step = make_train_step(model, optimizer, config, records.pixels())
     step = sharding.jit_train_step(train_step, mesh)
     batches = training.device_batches(config, records, 0, (rounds + 1) * steps + 1, mesh)
-    kept = next(batches)
+    kept, _ = next(batches)
     seconds: dict[str, list[float]] = {"records": [], "one_batch": []}
     cpu: dict[str, list[float]] = {"records": [], "one_batch": []}
     with contextlib.closing(batches):
@@ -263,7 +263,7 @@ def fed(config: ml_collections.ConfigDict, steps: int, rounds: int = 5) -> dict[
             for source, times in seconds.items():
                 start, used = time.perf_counter(), time.process_time()
                 for _ in range(steps):
-                    state, metrics = step(state, next(batches) if source == "records" else kept)
+                    state, metrics = step(state, next(batches)[0] if source == "records" else kept)
                 jax.block_until_ready((state, metrics))
                 times.append(time.perf_counter() - start)
                 cpu[source].append(time.process_time() - used)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pathlib
+import signal
 import tempfile
 import threading
 import time
@@ -28,6 +29,9 @@ class InFlight:
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
+        if threading.current_thread() is threading.main_thread():
+            # A cluster sends SIGTERM to every process of a job; the trainer still needs batches.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
 
     @contextlib.contextmanager

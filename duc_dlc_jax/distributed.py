@@ -1,0 +1,162 @@
+"""Joins the processes of a run: from flags, or from what Slurm, Kubernetes or a TPU VM says."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import re
+import socket
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import flags, logging
+
+from duc_dlc_jax.config import ConfigError
+from duc_dlc_jax.errors import MissingProcesses
+
+# What an indexed job of Kubernetes and launch/kubernetes.yaml set.
+KUBERNETES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JOB_COMPLETION_INDEX")
+
+
+def define_flags() -> None:
+    flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0; empty: ask the cluster.")
+    flags.DEFINE_integer("processes", 0, "Number of processes, with --coordinator.")
+    flags.DEFINE_integer("process", 0, "This process, from 0, with --coordinator.")
+    flags.DEFINE_integer("start_timeout", 300, "Seconds to wait for all processes to arrive.")
+    flags.DEFINE_integer("heartbeat_timeout", 100, "Seconds after which a silent process is dead.")
+
+
+def start(args: Any, environment: Mapping[str, str] = os.environ) -> None:
+    """Joins this process to the others of its run, if there are any; before JAX is used.
+
+    Raises ConfigError where the flags do not fit, and MissingProcesses in every process that did
+    arrive where others did not within `start_timeout`.
+    """
+    settings = place(args, environment)
+    if settings is None:
+        return
+    if settings:
+        address, count, index = (
+            settings[name] for name in ("coordinator_address", "num_processes", "process_id")
+        )
+        roll_call(address, count, index, args.start_timeout)
+    jax.distributed.initialize(
+        **settings,
+        initialization_timeout=args.start_timeout,
+        heartbeat_timeout_seconds=args.heartbeat_timeout,
+    )
+    logging.info("process %d of %d", jax.process_index(), jax.process_count())
+
+
+def place(args: Any, environment: Mapping[str, str]) -> dict | None:
+    """Arguments of jax.distributed.initialize; {} lets JAX ask a TPU's metadata; None: alone."""
+    # A shell in an allocation has the first variable too, but it is no step of several tasks.
+    slurm = int(environment.get("SLURM_NTASKS") or 1) > 1 and "SLURM_STEP_NODELIST" in environment
+    if slurm and not args.processes:
+        return _slurm(environment, args.coordinator)
+    if args.coordinator:
+        if not 0 <= args.process < args.processes:
+            raise ConfigError(
+                f"--process={args.process} --processes={args.processes}: a process counts from 0 "
+                "and must be below their number"
+            )
+        return _settings(args.coordinator, args.processes, args.process)
+    if args.processes or args.process:
+        raise ConfigError("--processes and --process need --coordinator=HOST:PORT of process 0")
+    if all(environment.get(name) for name in KUBERNETES):
+        address, count, index = (environment[name] for name in KUBERNETES)
+        return _settings(address, int(count), int(index))
+    if environment.get("JAX_PLATFORMS", "tpu") != "cpu" and _has_tpu():
+        return {}
+    return None
+
+
+def _settings(address: str, count: int, index: int) -> dict:
+    return {"coordinator_address": address, "num_processes": count, "process_id": index}
+
+
+def _slurm(environment: Mapping[str, str], address: str) -> dict:
+    """Process 0 is on the step's first node and the port follows from the job's number.
+
+    address: in place of these, where nodes have other names than their hosts.
+    """
+    host = re.match(r"([^,\[]+)(?:\[(\d+))?", environment["SLURM_STEP_NODELIST"])
+    if not host:
+        raise ConfigError(f"SLURM_STEP_NODELIST={environment['SLURM_STEP_NODELIST']} has no host")
+    port = 61440 + int(environment["SLURM_JOB_ID"]) % 4096
+    address = address or f"{host[1]}{host[2] or ''}:{port}"
+    count, index = int(environment["SLURM_NTASKS"]), int(environment["SLURM_PROCID"])
+    settings = _settings(address, count, index)
+    cards = environment.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    shared = len(cards) > 1 and environment.get("SLURM_STEP_TASKS_PER_NODE", "1")[0] != "1"
+    if shared:  # tasks that see all cards of their node: one card each
+        settings["local_device_ids"] = [int(environment["SLURM_LOCALID"])]
+    return settings
+
+
+def _has_tpu() -> bool:
+    devices = [*Path("/dev").glob("accel[0-9]*"), *Path("/dev/vfio").glob("[0-9]*")]
+    return bool(devices) and importlib.util.find_spec("libtpu") is not None
+
+
+def roll_call(address: str, count: int, index: int, timeout: float) -> None:
+    """Waits until all processes are there; raises MissingProcesses, with their numbers, if not.
+
+    (JAX's own wait ends in an abort that names nobody.) It uses the coordinator's port before JAX
+    does: process 0 listens, the others say their number and host and hear "go" or who is missing.
+    """
+    host, _, port = address.rpartition(":")
+    deadline = time.monotonic() + timeout
+    answer = _listen(int(port), count, deadline) if index == 0 else None
+    if index > 0:
+        answer = _report((host, int(port)), index, deadline)
+    if answer != "go":
+        raise MissingProcesses(
+            f"within --start_timeout={timeout:g} s "
+            + (answer or f"process 0 did not answer at {address}")
+        )
+
+
+def _listen(port: int, count: int, deadline: float) -> str:
+    """Process 0: the answer that everyone gets."""
+    arrived = {0: socket.gethostname()}
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(socket.create_server(("", port), backlog=count))
+        waiting = []
+        while len(arrived) < count and (left := deadline - time.monotonic()) > 0:
+            server.settimeout(left)
+            with contextlib.suppress(OSError, ValueError):
+                connection, _ = server.accept()
+                stack.enter_context(connection)
+                connection.settimeout(5)
+                number, _, name = connection.recv(200).decode().partition(" ")
+                arrived[int(number)] = name
+                waiting.append(connection)
+        missing = [str(i) for i in range(count) if i not in arrived]
+        answer = "go"
+        if missing:
+            there = ", ".join(f"{i} ({arrived[i]})" for i in sorted(arrived))
+            answer = f"process {', '.join(missing)} of {count} did not arrive; there: {there}"
+        for connection in waiting:
+            with contextlib.suppress(OSError):
+                connection.sendall(answer.encode())
+        return answer
+
+
+def _report(address: tuple[str, int], index: int, deadline: float) -> str | None:
+    """Another process: what process 0 answers; None where it cannot be reached."""
+    while time.monotonic() < deadline:
+        try:
+            with socket.create_connection(address, timeout=5) as connection:
+                connection.sendall(f"{index} {socket.gethostname()}".encode())
+                connection.settimeout(max(deadline - time.monotonic(), 0) + 10)
+                if answer := connection.recv(10000).decode():
+                    return answer
+        except OSError:
+            pass
+        time.sleep(0.2)
+    return None
