@@ -29,6 +29,7 @@ from duc_dlc_jax import (
 from duc_dlc_jax.checkpoints import Checkpoints
 from duc_dlc_jax.config import ConfigError
 from duc_dlc_jax.data.labels import label_spec
+from duc_dlc_jax.export import manifest
 from duc_dlc_jax.models import layers, segmenter
 from networks import jit, random_variables
 from runs import run, tiny_config
@@ -214,6 +215,17 @@ def test_training_starts_from_a_checkpoint(trained, scenes_dir, tmp_path, caplog
     jax.tree.map(np.testing.assert_array_equal, state.variables(), best)
     assert "the network of step 1" in caplog.text
     assert "drawn anew: none" in caplog.text
+
+
+def test_a_bundle_says_where_the_first_weights_came_from(tmp_path):
+    """Also of a run that started from another: the licence goes along."""
+    first, second = tiny_config("", init__weights="resnet50"), tiny_config("")
+    second.init.checkpoint = str(tmp_path / "city")
+    assert manifest._weights(second)["licence"] == "unknown"
+    workdirs.write(tmp_path / "city", first, SPEC)
+    found = manifest._weights(second)
+    assert (found["licence"], found["through"]) == ("BSD-3-Clause", "city")
+    assert found["file"] == "resnet50-0676ba61.pth"
 
 
 def test_fit_plans_the_network_of_the_run_it_starts_from(trained):
