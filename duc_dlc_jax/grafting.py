@@ -111,7 +111,7 @@ def from_workdir(
       FileNotFoundError: no such run.
       ConfigError: the networks differ in a shape, or in what the weights mean.
     """
-    run = workdirs.load(workdir)
+    run = workdirs.load(Path(workdir).expanduser())
     differ = {k: run.config.model[k] for k in model if model[k] != run.config.model[k]}
     meaning = [name for name in MEANING if name in differ]
     if meaning:

@@ -40,7 +40,9 @@ from duc_dlc_jax.train_step import TrainState, create_state, init_variables
 CHECK_SHARE = 4  # of the batches that estimate, one in so many more checks the result
 
 
-def show(workdir: Path, checkpoint: str = "best", batches: int = 0) -> list[str]:
+def show(
+    workdir: Path, checkpoint: str = "best", batches: int = 0, data_dir: str = ""
+) -> list[str]:
     """What a checkpoint holds, as lines; with `batches` how far its BN statistics are from those
     of so many training batches (`statistics.gap`).
 
@@ -68,7 +70,7 @@ def show(workdir: Path, checkpoint: str = "best", batches: int = 0) -> list[str]
         size = sum(v.size for v in values)
         lines.append(f"{part:<40}{len(values):>8}{size:>14,}{norm:>14.4g}{odd:>12,}")
     if batches:
-        data = _training_batches(run.config, 0, batches)
+        data = training_batches(run.config, 0, batches, data_dir)
         estimated = statistics.estimate(run.model, run.variables, data)
         lines.append(_fit(run.variables["batch_stats"], estimated, batches))
     return lines
@@ -117,7 +119,9 @@ def diff(
     return lines
 
 
-def average(workdir: Path, output: Path, last: int, how: str, batches: int) -> list[str]:
+def average(
+    workdir: Path, output: Path, last: int, how: str, batches: int, data_dir: str = ""
+) -> list[str]:
     """Writes the mean of the last checkpoints' parameters; returns what was done, as lines.
 
     how: of the BN statistics: "estimate" over `batches` training batches, "average" of those of the
@@ -153,8 +157,9 @@ def average(workdir: Path, output: Path, last: int, how: str, batches: int) -> l
         lines.append("BN statistics: the mean of the checkpoints', not compared with data")
     else:
         checked = max(batches // CHECK_SHARE, 1)
-        estimated = statistics.estimate(model, variables, _training_batches(config, 0, batches))
-        fresh = _training_batches(config, batches, checked)
+        data = training_batches(config, 0, batches, data_dir)
+        estimated = statistics.estimate(model, variables, data)
+        fresh = training_batches(config, batches, checked, data_dir)
         own = statistics.estimate(model, variables, fresh)
         lines.append(f"BN statistics: estimated over {batches} training batches")
         lines.append(f"  of the latest checkpoint: {_fit(state.batch_stats, own, checked)}")
@@ -218,9 +223,16 @@ def _has_ema(arrays: dict[str, np.ndarray]) -> bool:
     return any(path.startswith("ema/") for path in arrays)
 
 
-def _training_batches(config: ml_collections.ConfigDict, first: int, count: int) -> Iterator:
-    """Batches of training from the `first` on, augmented as there, on all devices."""
-    records = open_records(config.data, config.data.train_split)
+def training_batches(
+    config: ml_collections.ConfigDict, first: int, count: int, data_dir: str = ""
+) -> Iterator[dict[str, jax.Array]]:
+    """Batches of training from the `first` on, augmented as there, on all devices.
+
+    data_dir: where the records are; "": in config.data.dir. Raises as `open_records`.
+    """
+    data = config.data.copy_and_resolve_references()
+    data.dir = data_dir or data.dir
+    records = open_records(data, data.train_split)
     mesh = sharding.make_mesh()
     sharding.check_batch(config.train.batch_size, mesh.size)
     position = first * config.train.batch_size
@@ -239,13 +251,14 @@ def main(argv: list[str]) -> None:
         raise ConfigError(f"surgery {command} needs {' '.join(f'--{name}=' for name in missing)}")
     workdir, output = Path(args.workdir), Path(args.output or "")
     if command == "show":
-        lines = show(workdir, args.checkpoint, args.batches or 0)
+        lines = show(workdir, args.checkpoint, args.batches or 0, args.data_dir)
     elif command == "diff":
         lines = diff(workdir, Path(args.other), args.checkpoint, args.other_checkpoint)
         print("\n".join(lines) or "equal")
         sys.exit(1 if lines else 0)
     elif command == "average":
-        lines = average(workdir, output, args.last, args.statistics, args.batches or 100)
+        batches = args.batches or 100
+        lines = average(workdir, output, args.last, args.statistics, batches, args.data_dir)
     elif command == "ema":
         lines = ema(workdir, output, args.checkpoint)
     else:
@@ -264,5 +277,6 @@ if __name__ == "__main__":
     flags.DEFINE_integer("last", 0, "average: so many checkpoints.", lower_bound=0)
     flags.DEFINE_enum("statistics", "estimate", ["estimate", "average"], "average: BN statistics.")
     flags.DEFINE_integer("batches", None, "average (100), show (0): training batches.", 1)
+    flags.DEFINE_string("data_dir", "", "Where the records are; default: config.data.dir.")
     flags.DEFINE_string("labels", "", "classes: a data set's name or a labels.json.")
     cli.run(main)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
+import os
+import pickle
 
 import jax
 import numpy as np
@@ -176,3 +179,30 @@ def test_files_that_are_no_deeplab(small, tmp_path):
     del tensors["classifier.0.convs.2.1.running_var"]
     tensors["classifier.0.more.weight"] = np.zeros(3)
     refused(tensors, "1 tensors are missing .*running_var.*1 are unexpected", labels="voc")
+
+
+@pytest.mark.parametrize("way", ["file", "name", "backbone"])
+def test_a_hostile_file_runs_nothing(tmp_path, monkeypatch, capfd, way):
+    """Given as a file, or by name with the right hash, to `import_model` or as a backbone."""
+    from test_pretrained import _Call, load, model_config, stream
+
+    content = stream(content=pickle.dumps({"a": _Call(os.system, "echo run")}, 2))
+    path = tmp_path / "hostile-x.pth"
+    path.write_bytes(content)
+    name = str(path)
+    if way == "name":
+        monkeypatch.setenv("DUC_DLC_CACHE", str(tmp_path))
+        digest = hashlib.sha256(content).hexdigest()
+        entry = weights.Weights(
+            "https://nowhere/hostile-x.pth", digest, "torchvision", "us", "none"
+        )
+        monkeypatch.setitem(weights.TABLE, "hostile", entry)
+        name = "hostile"
+    if way == "backbone":
+        call = functools.partial(load, path, model_config())
+    else:
+        call = functools.partial(import_model.import_model, name, tmp_path / "new", labels="voc")
+    with pytest.raises(ConfigError, match=r"asks for posix\.system.*nothing of it was run"):
+        call()
+    assert capfd.readouterr().out == ""
+    assert not (tmp_path / "new").exists()

@@ -57,6 +57,7 @@ def test_every_command_works_in_an_empty_folder(site, scenes_dir, tmp_path, monk
     assert "single scale, whole image" in again
     scores, again = (json.loads(Path(f"{name}.json").read_text()) for name in ("scores", "again"))
     assert again["mIoU"] == pytest.approx(scores["mIoU"], abs=1e-4)
+    assert "step 6 of 4, 6" in module("surgery", "show", "--workdir=run")
     figures = json.loads(module("describe", "--config=configs/ade20k.py", "--json"))
     assert sum(figures["parameters"].values()) == 35_927_638
 

@@ -91,6 +91,19 @@ def test_two_processes_resume_as_one(scenes_dir, tmp_path):
     assert largest_difference(saved_state(whole, 4), saved_state(moved, 4)) <= 1e-5
 
 
+def test_two_processes_start_from_a_run_as_one(scenes_dir, tmp_path):
+    """config.init.checkpoint: every process reads it, and none writes to it."""
+    start, one, two = (tmp_path / name for name in ("start", "one", "two"))
+    run(command(scenes_dir, start, train__steps=2))
+    before = sorted(path.name for path in start.iterdir())
+    changes = {"init__checkpoint": start, "train__steps": 2, "optimizer__learning_rate": 1e-3}
+    result = run(command(scenes_dir, one, **changes), devices=4)
+    assert "the network of step 2" in result.stderr
+    run_two(scenes_dir, two, **changes)
+    assert largest_difference(saved_state(one, 2), saved_state(two, 2)) <= 1e-5
+    assert sorted(path.name for path in start.iterdir()) == before
+
+
 def test_batch_that_does_not_divide_ends_with_the_arithmetic(scenes_dir, tmp_path):
     result = run(command(scenes_dir, tmp_path, train__batch_size=6), devices=4, check=False)
     assert result.returncode == 2

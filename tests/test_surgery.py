@@ -29,6 +29,7 @@ from duc_dlc_jax import (
 from duc_dlc_jax.checkpoints import Checkpoints
 from duc_dlc_jax.config import ConfigError
 from duc_dlc_jax.data.labels import label_spec
+from duc_dlc_jax.export import manifest
 from duc_dlc_jax.models import layers, segmenter
 from networks import jit, random_variables
 from runs import run, tiny_config
@@ -73,10 +74,21 @@ def arrays(workdir, step):
         return saved.arrays(step)
 
 
+def resumes(workdir, step):
+    """`main` goes on from the workdir at this step, without a change of the configuration."""
+    config, spec, model = workdirs.described(workdir)
+    assert workdirs.changed_fields(workdir, config) == {}
+    rule = optimizer.create(config.optimizer, 10)
+    with workdirs.opened(workdir) as saved:
+        mesh = train.sharding.make_mesh()
+        state, position = train._first_state(config, workdir, spec, model, rule, saved, mesh)
+    assert (int(state.step), position) == (step, 4 * step)
+
+
 def gap_to_data(workdir, batches=16, variables=None):
     """How far the BN statistics are from those of training batches that none of them has seen."""
     loaded = workdirs.load(workdir)
-    data = surgery._training_batches(loaded.config, 40, batches)
+    data = surgery.training_batches(loaded.config, 40, batches)
     variables = variables or loaded.variables
     return statistics.gap(
         variables["batch_stats"], statistics.estimate(loaded.model, variables, data)
@@ -101,6 +113,7 @@ def test_average_of_the_last_checkpoints(trained, tmp_path):
     found = workdirs.load(tmp_path / "new")
     assert (found.step, found.spec) == (3, SPEC)
     assert gap_to_data(tmp_path / "new") < 0.3
+    resumes(tmp_path / "new", 3)
 
 
 def test_planted_fault_averages_without_their_statistics(trained, tmp_path):
@@ -118,7 +131,7 @@ def test_planted_fault_averages_without_their_statistics(trained, tmp_path):
     ema = workdirs.load(workdir).variables  # EMA parameters with the statistics of the raw network
     raw = {p.split("/", 1)[1]: v for p, v in arrays(workdir, 1).items() if p.startswith("batch_")}
     mixed = {**ema, "batch_stats": traverse_util.unflatten_dict(raw, sep="/")}
-    data = surgery._training_batches(workdirs.load(workdir).config, 0, 2)
+    data = surgery.training_batches(workdirs.load(workdir).config, 0, 2)
     own = statistics.estimate(trained[1], ema, data)
     assert statistics.gap(mixed["batch_stats"], own)[0] > 1
     shown = surgery.show(tmp_path / "averaged", batches=2)[-1]
@@ -129,7 +142,7 @@ def test_estimated_statistics_are_those_of_all_pixels(trained):
     """Of the first BN, by hand: mean and variance over every pixel of every batch."""
     workdir, model = trained
     found = workdirs.load(workdir)
-    batches = list(itertools.islice(surgery._training_batches(found.config, 0, 3), 3))
+    batches = list(itertools.islice(surgery.training_batches(found.config, 0, 3), 3))
     estimated = statistics.estimate(model, found.variables, batches)
     kernel = found.variables["params"]["backbone"]["conv1"]["kernel"]
     outputs = np.concatenate([
@@ -144,7 +157,7 @@ def test_estimated_statistics_are_those_of_all_pixels(trained):
 def test_frozen_statistics_stay(trained):
     workdir, model = trained
     found = workdirs.load(workdir)
-    batches = list(surgery._training_batches(found.config, 0, 1))
+    batches = list(surgery.training_batches(found.config, 0, 1))
     frozen = model.clone(backbone_frozen=True)
     kept = statistics.estimate(frozen, found.variables, batches)["backbone"]
     jax.tree.map(np.testing.assert_array_equal, kept, found.variables["batch_stats"]["backbone"])
@@ -184,6 +197,7 @@ def test_classes_keep_their_weights_by_name(trained, tmp_path):
     for path in ("params/backbone/conv1/kernel", "batch_stats/dlc/reduce_bn/var"):
         np.testing.assert_array_equal(new[path], old[f"ema/{path}"])
     assert workdirs.load(tmp_path / "new").spec == spec
+    resumes(tmp_path / "new", 0)
 
 
 def test_training_starts_from_a_checkpoint(trained, scenes_dir, tmp_path, caplog):
@@ -201,6 +215,17 @@ def test_training_starts_from_a_checkpoint(trained, scenes_dir, tmp_path, caplog
     jax.tree.map(np.testing.assert_array_equal, state.variables(), best)
     assert "the network of step 1" in caplog.text
     assert "drawn anew: none" in caplog.text
+
+
+def test_a_bundle_says_where_the_first_weights_came_from(tmp_path):
+    """Also of a run that started from another: the licence goes along."""
+    first, second = tiny_config("", init__weights="resnet50"), tiny_config("")
+    second.init.checkpoint = str(tmp_path / "city")
+    assert manifest._weights(second)["licence"] == "unknown"
+    workdirs.write(tmp_path / "city", first, SPEC)
+    found = manifest._weights(second)
+    assert (found["licence"], found["through"]) == ("BSD-3-Clause", "city")
+    assert found["file"] == "resnet50-0676ba61.pth"
 
 
 def test_fit_plans_the_network_of_the_run_it_starts_from(trained):

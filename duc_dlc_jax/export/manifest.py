@@ -12,6 +12,7 @@ from typing import Any
 import jax.numpy as jnp
 
 import duc_dlc_jax
+from duc_dlc_jax import config as config_lib
 from duc_dlc_jax import protocols, workdirs
 from duc_dlc_jax.config import ConfigError
 from duc_dlc_jax.export import bundle as bundles
@@ -138,7 +139,13 @@ def _evaluation(run: workdirs.Run) -> dict[str, Any] | None:
 
 
 def _weights(config: Any) -> dict[str, Any]:
-    """Where the backbone's first weights came from."""
+    """Where the first weights came from, also through the run that this one started from."""
+    if config.init.checkpoint:
+        start = Path(config.init.checkpoint)
+        if (start / "config.json").is_file():
+            first = config_lib.from_json((start / "config.json").read_text())
+            return {**_weights(first), "through": start.name}
+        return {"file": None, "origin": f"the run {start.name}, now gone", "licence": "unknown"}
     if not config.init.weights:
         return {"file": None, "origin": "trained from scratch", "licence": "the trainer's"}
     known = weights.TABLE.get(config.init.weights)

@@ -161,7 +161,8 @@ def placed(
     of `layout.names`. Raises ConfigError for a shape that differs.
     """
     new = {}
-    for name, (key, leaf) in wanted.items():
+    for name in (name for name in layout.names if name in wanted):
+        key, leaf = wanted[name]
         value = tensors[layout.names[name]]
         if value.ndim == 4:
             value = value.transpose(2, 3, 1, 0)  # OIHW -> HWIO
@@ -171,7 +172,7 @@ def placed(
             raise ConfigError(
                 f"{path}: tensor {layout.names[name]} has shape {in_file}, the network needs "
                 f"{tuple(ours)} by config.model.depth, width and stem. Set these fields to what "
-                "the file holds, or give another file in config.init.weights."
+                "the file holds, or give another file."
             )
         value = value.astype(leaf.dtype)
         if name in ("conv1.0.weight", "conv1.weight"):  # what reads the image
