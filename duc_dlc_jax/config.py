@@ -115,6 +115,7 @@ def default() -> ml_collections.ConfigDict:
     c.init.weights = ""  # backbone: a name or a file, docs/conversion.md; empty = from scratch
     c.init.source = ""  # what the file cannot say; docs/conversion.md
     c.init.checkpoint = ""  # a workdir whose best network to start from, classes by name
+    c.init.dupsampling_blocks = 1000  # of labels that DUpsampling's W starts from; 0 = at random
 
     c.loss = ml_collections.ConfigDict()
     c.loss.aux_weight = 0.2  # used with model.aux_head [C]

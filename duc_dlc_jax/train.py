@@ -23,7 +23,7 @@ from clu import parameter_overview
 from duc_dlc_jax import (
     checkpoints,
     evaluate,
-    grafting,
+    initial,
     pictures,
     protocols,
     sharding,
@@ -37,10 +37,10 @@ from duc_dlc_jax.data.labels import LabelSpec
 from duc_dlc_jax.data.records import open_records
 from duc_dlc_jax.errors import Stopped
 from duc_dlc_jax.goodput import Goodput
-from duc_dlc_jax.models import pretrained, segmenter
+from duc_dlc_jax.models import segmenter
 from duc_dlc_jax.progress import Progress
 from duc_dlc_jax.stopping import StopSignal
-from duc_dlc_jax.train_step import TrainState, create_state, init_variables, make_train_step
+from duc_dlc_jax.train_step import TrainState, create_state, make_train_step
 
 
 def total_steps(config: ml_collections.ConfigDict, images: int) -> int:
@@ -78,7 +78,7 @@ def train(
         kept = config.train.keep_latest, config.train.keep_best
         saved = checkpoints.Checkpoints(workdir, *kept, training=True)
         stack.enter_context(contextlib.closing(saved))
-        state, position = _first_state(config, workdir, spec, model, optimizer, saved, mesh)
+        state, position = _first_state(config, workdir, model, optimizer, saved, mesh, records)
         if jax.process_index() == 0:
             workdirs.write(workdir, config, spec)
             text = parameter_overview.get_parameter_overview(state.params, include_stats=False)
@@ -235,7 +235,7 @@ def _with_names(batches, records, workdir: Path, step: int):
             yield batch, indices
 
 
-def _first_state(config, workdir, spec, model, optimizer, saved, mesh) -> tuple[TrainState, int]:
+def _first_state(config, workdir, model, optimizer, saved, mesh, records) -> tuple[TrainState, int]:
     """The latest checkpoint's state, or a new one; and the images consumed so far."""
 
     def fresh(variables=None):
@@ -252,20 +252,7 @@ def _first_state(config, workdir, spec, model, optimizer, saved, mesh) -> tuple[
     if restored := saved.restore_latest(like):
         logging.info("resuming from step %d in %s", int(restored[0].step), saved.directory)
         return restored
-    variables = init_variables(model, config.seed)
-    if config.init.weights:
-        params, batch_stats, _ = pretrained.load_backbone(
-            config.init.weights,
-            config.init.source,
-            variables["params"],
-            variables["batch_stats"],
-            config.model,
-        )
-        variables = {"params": params, "batch_stats": batch_stats}
-    elif config.init.checkpoint:
-        variables = grafting.from_workdir(config.init.checkpoint, variables, config.model, spec)
-    else:
-        logging.warning("the backbone starts from scratch: init.weights is empty")
+    variables = initial.variables(model, config, records)
     return jax.jit(fresh, out_shardings=everywhere)(variables), 0
 
 

@@ -244,3 +244,9 @@ def test_questions_about_other_variants_are_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"get_comparisons\(\) names 'b'; there are a"):
         grid.load(str(path))
     assert len(grid.load("configs/ablation_camvid.py").comparisons) == 7
+
+
+def test_without_questions_every_variant_is_compared_with_the_first():
+    found = grid.load("configs/ablation_camvid_small.py").comparisons
+    assert found[0] == ("corners", "stride", "model.resize_grid=stride")
+    assert [(a, b) for a, b, _ in found[1:]] == [("corners", "no_antialias")]

@@ -208,7 +208,7 @@ def test_training_starts_from_a_checkpoint(trained, scenes_dir, tmp_path, caplog
     mesh = train.sharding.make_mesh()
     with workdirs.opened(tmp_path / "new") as saved, caplog.at_level(logging.INFO, "absl"):
         state, position = train._first_state(
-            config, tmp_path / "new", SPEC, model, rule, saved, mesh
+            config, tmp_path / "new", model, rule, saved, mesh, SimpleNamespace(spec=SPEC)
         )
     assert (int(state.step), position) == (0, 0)
     best = workdirs.load(workdir).variables

@@ -27,8 +27,7 @@ def listed(runs: list[grid.Run], results: Results) -> str:
     for run in runs:
         done, failure = results.done(run), results.failure(run)
         state = f"mIoU {done['val']['mIoU']:.4f}" if done else f"failed, {failure}" * bool(failure)
-        changes = " ".join(f"{name}={value}" for name, value in run.variant.changes.items())
-        lines.append(f"{run.name:<28}{state or 'to do':<14}{changes}")
+        lines.append(f"{run.name:<28}{state or 'to do':<14}{grid.said(run.variant.changes)}")
     return "\n".join(lines)
 
 

@@ -75,9 +75,10 @@ class Grid:
 
 
 def load(path: str) -> Grid:
-    """What `get_variants` and, if it is there, `get_comparisons` of a configuration file return.
+    """What `get_variants` and `get_comparisons` of a configuration file return.
 
-    Raises ConfigError where the file has no variants, two of one name, or a question about others.
+    Without the second every variant is compared with the first one. Raises ConfigError where the
+    file has no variants, two of one name, or a question about others.
     """
     path = config_lib.find(path)
     functions = runpy.run_path(path)
@@ -91,13 +92,21 @@ def load(path: str) -> Grid:
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ConfigError(f"{path}: several variants are called {', '.join(twice)}")
-    comparisons = tuple(functions.get("get_comparisons", tuple)())
+    if "get_comparisons" in functions:
+        comparisons = tuple(functions["get_comparisons"]())
+    else:
+        comparisons = tuple((names[0], v.name, v.note or said(v.changes)) for v in variants[1:])
     for name in (name for row in comparisons for name in row[:2]):
         if name not in names:
             raise ConfigError(
                 f"{path}: get_comparisons() names {name!r}; there are {', '.join(names)}"
             )
     return Grid(variants, comparisons)
+
+
+def said(changes: Changes) -> str:
+    """The changes in one line."""
+    return " ".join(f"{name}={value}" for name, value in changes.items())
 
 
 def runs(

@@ -19,13 +19,13 @@ import jax
 import ml_collections
 import numpy as np
 
-from duc_dlc_jax import describe, evaluate, protocols, sharding
+from duc_dlc_jax import describe, evaluate, initial, protocols, sharding
 from duc_dlc_jax import optimizer as optimizers
 from duc_dlc_jax.data import pipeline
 from duc_dlc_jax.data.records import open_records
-from duc_dlc_jax.models import pretrained, segmenter
+from duc_dlc_jax.models import segmenter
 from duc_dlc_jax.progress import Progress
-from duc_dlc_jax.train_step import TrainState, create_state, init_variables, make_train_step
+from duc_dlc_jax.train_step import TrainState, create_state, make_train_step
 
 TIMED_STEPS = 10  # of a batch that stays on the device
 TIMED_IMAGES = 16
@@ -137,17 +137,7 @@ class Trainer:
         return device_batches(config, self._data.train, 0, self._steps, self._mesh)
 
     def _first_state(self, config) -> TrainState:
-        variables = init_variables(self._model, config.seed)
-        if config.init.weights:
-            params, batch_stats, _ = pretrained.load_backbone(
-                config.init.weights,
-                config.init.source,
-                variables["params"],
-                variables["batch_stats"],
-                config.model,
-            )
-            variables = {"params": params, "batch_stats": batch_stats}
-        return self._create(variables)
+        return self._create(initial.variables(self._model, config, self._data.train))
 
     def _compile(self, state, batch, key) -> float:
         """Compiles the step, reads the memory it needs on a device, and returns its seconds."""
