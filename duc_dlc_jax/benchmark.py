@@ -263,6 +263,7 @@ def _evaluation(args: Any) -> dict[str, Any]:
 
 def main(_) -> None:
     args = flags.FLAGS
+    cli.use_deterministic_kernels(args.config)
     segmenter.enable_dtype(args.config.model)
     if args.evaluate:
         result = _evaluation(args)
