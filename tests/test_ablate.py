@@ -247,6 +247,6 @@ def test_questions_about_other_variants_are_refused(tmp_path):
 
 
 def test_without_questions_every_variant_is_compared_with_the_first():
-    found = grid.load("configs/ablation_camvid_small.py").comparisons
+    found = grid.load("configs/ablation_grids.py").comparisons
     assert found[0] == ("corners", "stride", "model.resize_grid=stride")
     assert [(a, b) for a, b, _ in found[1:]] == [("corners", "no_antialias")]
