@@ -71,9 +71,9 @@ class Trainer:
         )
         self._compiled: Any = None
         self._memory = 0
-        self._evaluator = evaluate.Evaluator(
-            self._model, spec, config.eval.batch_size, protocols.Protocol.from_config(config)
-        )
+        protocol = protocols.Protocol.from_config(config).planned(data.val.sizes())
+        batch = config.eval.batch_size
+        self._evaluator = evaluate.Evaluator(self._model, spec, batch, protocol)
         self._rates: dict[str, float] = {}
 
     def run(self, config: ml_collections.ConfigDict, weights: Path | None = None) -> dict[str, Any]:
