@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import jax
+import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
 
@@ -127,6 +128,21 @@ def define_names(name: str, allowed: Sequence[str], help_text: str) -> None:
 
 
 def use_compilation_cache(workdir: Path) -> None:
-    """Keeps compiled programs in `workdir/compiled`, or where JAX_COMPILATION_CACHE_DIR says."""
+    """Keeps compiled programs in `workdir/compiled`, or where JAX_COMPILATION_CACHE_DIR says.
+
+    Small ones too, unless JAX's environment variable says otherwise: a second start compiles none.
+    """
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         jax.config.update("jax_compilation_cache_dir", str(workdir.absolute() / "compiled"))
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+
+
+def use_deterministic_kernels(config: ml_collections.ConfigDict) -> None:
+    """With train.deterministic: XLA takes no GPU kernel whose result varies, and tunes none.
+
+    Before JAX is used; on other devices it changes nothing.
+    """
+    if config.train.deterministic:
+        given = os.environ.get("XLA_FLAGS", "")
+        os.environ["XLA_FLAGS"] = f"{given} --xla_gpu_deterministic_ops=true".strip()

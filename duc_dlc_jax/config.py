@@ -152,6 +152,7 @@ def default() -> ml_collections.ConfigDict:
     c.train.checkpoint_every = 500  # steps
     c.train.keep_latest = 2  # checkpoints
     c.train.keep_best = 1  # checkpoints, by Final Score
+    c.train.deterministic = False  # GPU: the same bits in every run, slower; docs/training.md
 
     c.eval = ml_collections.ConfigDict()
     c.eval.batch_size = 1  # images a device, of one size

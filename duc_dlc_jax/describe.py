@@ -1,6 +1,8 @@
 """`python -m duc_dlc_jax.describe --config=configs/X.py [--json]`: the network in numbers.
 
-Everything is computed from shapes; nothing is compiled and no data set is needed.
+Everything is computed from shapes; nothing is compiled and no data set is needed. With
+`--devices=64` or `--topology=v5e:4x4` the training step is compiled for these devices, which need
+not be there: `forecast`.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ import dataclasses
 import json
 import math
 from collections import defaultdict
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -18,7 +21,7 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-from duc_dlc_jax import cli
+from duc_dlc_jax import cli, forecast
 from duc_dlc_jax import config as config_lib
 from duc_dlc_jax import optimizer as optimizers
 from duc_dlc_jax.data.records import find_spec
@@ -169,12 +172,27 @@ def text(d: dict[str, Any]) -> str:
 
 
 def main(_) -> None:
-    figures = describe(flags.FLAGS.config)
-    print(json.dumps(figures, indent=1) if flags.FLAGS.json else text(figures))
+    args = flags.FLAGS
+    config_lib.validate(args.config)
+    if args.devices:
+        what = f"{args.devices} devices"
+        make = partial(forecast.on_cpu_devices, args.config, args.devices)
+    elif args.topology:
+        what = args.topology + " with full effort" * args.full_effort
+        make = partial(forecast.on_topology, args.config, args.topology, args.full_effort)
+    else:
+        figures = describe(args.config)
+        print(json.dumps(figures, indent=1) if args.json else text(figures))
+        return
+    figures = forecast.cached(args.config, what, make)
+    print(json.dumps(figures, indent=1) if args.json else forecast.text(figures))
 
 
 if __name__ == "__main__":
     config_flags.DEFINE_config_file("config", None, "Configuration, see configs/.")
     flags.DEFINE_bool("json", False, "Print JSON.")
+    flags.DEFINE_integer("devices", 0, "FLOPs and collectives on so many devices.")
+    flags.DEFINE_string("topology", "", "Memory, time and efficiency on a TPU slice: v5e:4x4.")
+    flags.DEFINE_bool("full_effort", False, "Compile for --topology as for running: slow.")
     flags.mark_flags_as_required(["config"])
     cli.run(main)

@@ -33,6 +33,7 @@ def main(_) -> None:
         workdir = Path(_WORKDIR.value or "")
         print(verify_resume.verify(sys.argv[1:], workdir, _VERIFY_STEPS.value))
         return
+    cli.use_deterministic_kernels(_CONFIG.value)
     distributed.start(flags.FLAGS)
     workdir = Path(_WORKDIR.value or "")
     cli.use_compilation_cache(workdir)

@@ -28,7 +28,9 @@ def make_mesh(data: int = -1, space: int = 1, devices: Sequence[Any] | None = No
     Raises ConfigError, with the arithmetic, where the axes do not fit the devices or an image's
     devices would lie partly in one process and partly in another that has images of its own.
     """
-    found = sorted(devices or jax.devices(), key=lambda d: (d.process_index, d.id))
+    found = sorted(
+        jax.devices() if devices is None else devices, key=lambda d: (d.process_index, d.id)
+    )
     total = len(found)
     if space < 1 or data == 0 or data < -1:
         raise ConfigError(
@@ -54,9 +56,9 @@ def make_mesh(data: int = -1, space: int = 1, devices: Sequence[Any] | None = No
     return Mesh(np.asarray(found).reshape(-1, space), ("data", "space"))
 
 
-def training_mesh(config: ml_collections.ConfigDict) -> Mesh:
+def training_mesh(config: ml_collections.ConfigDict, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh of `config.mesh`, checked against the batch and the crop; raises ConfigError."""
-    mesh = make_mesh(config.mesh.data, config.mesh.space)
+    mesh = make_mesh(config.mesh.data, config.mesh.space, devices)
     check_batch(config.train.batch_size, mesh.shape["data"])
     check_rows(config.data.crop_size, mesh.shape["space"])
     return mesh

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import pytest
 
 from duc_dlc_jax import config as config_lib
-from duc_dlc_jax import describe
+from duc_dlc_jax import describe, forecast
 from duc_dlc_jax.models import segmenter
-from runs import tiny_config
+from runs import TINY, run, tiny_config
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -112,3 +112,52 @@ def test_the_paper_network_on_cityscapes_has_its_documented_size():
     assert parts["duc"] == 10_788_224
     assert parts["dlc"] + parts["classifier"] == 1_497_107
     assert figures["image"] == [768, 768]
+
+
+@pytest.mark.multiprocess
+def test_work_and_traffic_of_a_device_do_not_grow_with_their_number(tmp_path):
+    """Two images a device on 8 and on 256 devices: equal FLOPs and equal bytes sent."""
+    found = {}
+    for devices in (8, 256):
+        command = [
+            sys.executable,
+            "-m",
+            "duc_dlc_jax.describe",
+            "--config=configs/demo.py",
+            "--json",
+        ]
+        command += [f"--config.{name}={value}" for name, value in TINY.items()]
+        command += [f"--config.train.batch_size={2 * devices}", f"--devices={devices}"]
+        result = run(command, XDG_CACHE_HOME=str(tmp_path))
+        found[devices] = json.loads(result.stdout)
+        assert found[devices]["mesh"] == {"data": devices, "space": 1}
+        assert run(command, XDG_CACHE_HOME=str(tmp_path)).stdout == result.stdout  # kept
+    for name in ("flops_per_device", "collectives_per_device"):
+        assert found[8][name] == found[256][name]
+    (kind,) = found[8]["collectives_per_device"]
+    assert kind == "all-reduce"
+
+
+def test_a_forecast_names_its_constants_and_the_largest_batch():
+    chip = forecast.CHIPS["v5e"]
+    found = {
+        "mesh": {"data": 16, "space": 1},
+        "flops_per_device": 0.4 * 197e12 * 0.1,  # 100 ms
+        "bytes_accessed_per_device": 819e9 * 0.05,
+        "collectives_per_device": {"all-reduce": {"count": 100, "bytes": 200_000_000}},
+        "state_bytes": 1.2e9,
+        "temporary_bytes": 4e9,
+    }
+    found |= forecast.predicted(found, 64, chip)
+    assert found["fits"]
+    assert found["largest_batch"] == 16 * 14  # (0.95 x 16 - 1.2) / 1 GB an image
+    assert found["seconds"]["work"] == pytest.approx(0.1)
+    assert found["seconds"]["collectives"] == pytest.approx(0.4 / 400 + 100 * 10e-6)
+    text = forecast.text(found)
+    for word in ("0.4 x 197 TFLOP/s", "819 GB/s", "400 GB/s", "10 us each", "efficiency 98%"):
+        assert word in text
+
+
+def test_an_unknown_topology_lists_the_chips():
+    with pytest.raises(config_lib.ConfigError, match="chips: v5e, v5p, v6e"):
+        forecast.on_topology(tiny_config(""), "h100:8", effort=False)

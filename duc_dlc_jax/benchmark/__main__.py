@@ -148,6 +148,7 @@ def measure_evaluation(args: Any) -> dict[str, Any]:
 
 def main(_) -> None:
     args = flags.FLAGS
+    cli.use_deterministic_kernels(args.config)
     segmenter.enable_dtype(args.config.model)
     result: dict[str, Any] = {}
     if args.evaluate:
