@@ -230,6 +230,8 @@ class Checkpoints:
             if folder.name.isdigit() and path.is_file():
                 try:
                     json.loads(path.read_text())
+                except FileNotFoundError:
+                    continue  # another process has moved it
                 except ValueError as error:
                     step = int(folder.name)
                     if not self._training:

@@ -65,6 +65,7 @@ def test_requeued_jobs_resume_bit_for_bit(cluster, scenes_dir, tmp_path):
     arguments = command(scenes_dir, workdir, coordinator, **CHANGES)[3:]
     job = submit(cluster, workdir, arguments)
     for tell in (["scontrol", "requeue"], ["scancel", "--signal=TERM"]):
+        wait_until(lambda: state(cluster, job)["JobState"] == "RUNNING")
         before, restarts = newest(workdir), int(state(cluster, job)["Restarts"])
         wait_until(lambda before=before: newest(workdir) > before)
         slurm.output([*tell, job], cluster)
