@@ -18,7 +18,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from duc_dlc_jax import cli, collectives, optimizer, sharding
-from duc_dlc_jax.benchmark import random_batch
+from duc_dlc_jax.benchmark.model import random_batch
 from duc_dlc_jax.models import segmenter
 from duc_dlc_jax.train_step import create_state, init_variables, make_train_step
 from networks import QUICK
