@@ -76,12 +76,12 @@ def arrays(workdir, step):
 
 def resumes(workdir, step):
     """`main` goes on from the workdir at this step, without a change of the configuration."""
-    config, spec, model = workdirs.described(workdir)
+    config, _, model = workdirs.described(workdir)
     assert workdirs.changed_fields(workdir, config) == {}
     rule = optimizer.create(config.optimizer, 10)
     with workdirs.opened(workdir) as saved:
         mesh = train.sharding.make_mesh()
-        state, position = train._first_state(config, workdir, spec, model, rule, saved, mesh)
+        state, position = train._first_state(config, workdir, model, rule, saved, mesh, None)
     assert (int(state.step), position) == (step, 4 * step)
 
 
