@@ -51,7 +51,7 @@ def _from_labels(start, model, config, records) -> dict[str, Any]:
     kernel = np.array(start["params"]["dupsampling"]["w"]["kernel"])
     blocks = label_blocks(records, count, side, config.seed)
     components = label_components(blocks, model.num_classes, kernel.shape[2])
-    kernel[0, 0, : len(components)] = components
+    kernel[0, 0, : len(components)] = side * components  # a cell of one class: scores around 1
     part = start["params"]["dupsampling"] | {"w": {"kernel": kernel}}
     return start | {"params": start["params"] | {"dupsampling": part}}
 

@@ -206,7 +206,7 @@ def test_training_starts_from_the_labels_components():
         config.init.dupsampling_blocks = blocks
         starts[blocks] = initial.variables(net, config, records)["params"]
     kernel = starts[30]["dupsampling"]["w"]["kernel"]
-    expected = label_components(initial.label_blocks(records, 30, 32, config.seed), 3, 4)
+    expected = 32 * label_components(initial.label_blocks(records, 30, 32, config.seed), 3, 4)
     np.testing.assert_allclose(kernel[0, 0], expected, rtol=1e-5, atol=1e-7)
     assert kernel.dtype == np.float32
     assert np.any(starts[0]["dupsampling"]["w"]["kernel"] != kernel)
