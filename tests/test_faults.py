@@ -193,14 +193,20 @@ def start_two(scenes_dir, folder, *flags, **changes):
 ENDLESS = {"train__steps": 100000, "train__log_every": 5, "train__checkpoint_every": 50}
 
 
-def test_sigterm_to_one_process_of_two_stops_both_at_the_same_step(scenes_dir, tmp_path):
-    processes = start_two(scenes_dir, tmp_path, **ENDLESS)
-    wait_for(lambda: "step 10/" in log(tmp_path / "0"), processes[0])
+@pytest.mark.parametrize(
+    ("changes", "sign", "step"), [(ENDLESS, "step 10/", ""), (STOPPED, "step 4/8", "4 ")]
+)
+def test_sigterm_to_one_process_of_two_stops_both_at_the_same_step(
+    scenes_dir, tmp_path, changes, sign, step
+):
+    """In training; and in the evaluation of step 4, which is broken off in both."""
+    processes = start_two(scenes_dir, tmp_path, **changes)
+    wait_for(lambda: sign in log(tmp_path / "0"), processes[0])
     processes[1].send_signal(signal.SIGTERM)
     assert [process.wait(timeout=120) for process in processes] == [75, 75]
     ends = {log(tmp_path / str(i)).splitlines()[-1] for i in range(2)}
     assert len(ends) == 1
-    assert "stopped by SIGTERM; step" in ends.pop()
+    assert f"stopped by SIGTERM; step {step}" in ends.pop()
 
 
 def test_a_killed_process_of_two_ends_the_other_which_names_it(scenes_dir, tmp_path):
