@@ -1,4 +1,4 @@
-"""launch/offline.sh: what is packed arrives, and damage is noticed. Wheels need a network: not here."""
+"""launch/offline.sh: what is packed arrives, damage is noticed. Wheels need a network: not here."""
 
 import pathlib
 import subprocess
