@@ -175,7 +175,7 @@ def open_run(args: Any, path: str, form: str = "") -> tuple[workdirs.Run, Record
     if records.spec.classes != run.spec.classes:
         raise ConfigError(
             f"{records.folder} was prepared with {records.spec.num_classes} classes "
-            f"({', '.join(records.spec.classes[:3])}, ...), {args.workdir} labels "
+            f"({', '.join(records.spec.classes[:3])}, ...), {path} labels "
             f"{run.spec.num_classes} ({', '.join(run.spec.classes[:3])}, ...): give another "
             "--data_dir, or rebuild the network with python -m duc_dlc_jax.surgery classes"
         )

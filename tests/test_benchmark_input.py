@@ -146,7 +146,7 @@ def test_the_command_reports_rates_conditions_and_a_missing_pytorch(prepared, mo
     assert result["ratio"] == {}
     assert {"cpu", "cores", "load_average", "versions"} <= result.keys()
     printed = capsys.readouterr().out
-    assert "3 images of 160x120, crops of 96, per second of one core" in printed
+    assert "3 images of 160x120, crops of 96x96, per second of one core" in printed
     assert "PyTorch is not installed" in printed
 
 

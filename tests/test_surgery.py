@@ -295,9 +295,9 @@ def test_too_few_checkpoints_and_no_average(trained, scenes_dir, tmp_path):
 def test_data_of_other_classes_are_refused(scenes_dir, tmp_path):
     backwards = dataclasses.replace(SPEC, classes=SPEC.classes[::-1])
     write_run(tmp_path, config_of(scenes_dir), seeds=(0,), spec=backwards)
-    args = SimpleNamespace(workdir=tmp_path, checkpoint="best", data_dir="", split="")
+    args = SimpleNamespace(checkpoint="best", data_dir="", split="")
     with pytest.raises(ConfigError, match=r"8 classes \(sky, .*labels 8 \(sign, .*surgery classes"):
-        evaluate.open_run(args)
+        evaluate.open_run(args, str(tmp_path))
 
 
 class Flags(dict):

@@ -237,9 +237,8 @@ def show(result: dict[str, Any]) -> None:
     sizes = "{smallest[1]}x{smallest[0]}".format(**result)
     if result["largest"] != result["smallest"]:
         sizes += " to {largest[1]}x{largest[0]}".format(**result)
-    print(
-        f"{result['images']} images of {sizes}, crops of {result['crop']}, per second of one core"
-    )
+    crop = "x".join(map(str, result["crop"]))
+    print(f"{result['images']} images of {sizes}, crops of {crop}, per second of one core")
     titles = {
         "pipeline": "this pipeline",
         "dataloader": "PyTorch's DataLoader",

@@ -159,9 +159,10 @@ def label_spec(name: str, masks: str = "ids") -> LabelSpec:
     if name not in valid:
         near = difflib.get_close_matches(name, valid, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
+        listed = ", ".join(filter(is_known, valid))
         raise ConfigError(
-            f"unknown data set {name!r}: {hint}valid names: {', '.join(valid)}, or that of folders "
-            "of your own that are prepared"
+            f"unknown data set {name!r}: {hint}valid names: {listed}, or "
+            "that of folders of your own that are prepared"
         )
     entry = table["pascal_context_60" if name == "pascal_context" else name]
     palette = entry.get("palette") or [voc_colour(i) for i in entry["raw_ids"]]
