@@ -66,7 +66,7 @@ test-real-data: install  ## needs DUC_DLC_SHARED_DATA, see CONTRIBUTING.md
 test-all: test test-parity test-fault test-multiprocess test-slurm test-browser test-installed test-export test-real-data  ## every suite
 
 conversion: install  ## the rows of the matrix in docs/conversion.md
-	@$(PYTEST) -q -s -m "parity or export" tests/test_layouts.py tests/test_export_deep.py | grep "^|"
+	@$(PYTEST) -q -s -m "parity or export" tests/test_layouts.py tests/test_import_model.py tests/test_export_deep.py | grep "^|"
 
 lint: install  ## ruff and pyright
 	$(BIN)/ruff check $(SOURCES)
