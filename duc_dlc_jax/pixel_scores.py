@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import functools
-import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from duc_dlc_jax.data.labels import IGNORE
-from duc_dlc_jax.models.layers import interpolation_matrix
+from duc_dlc_jax.models.layers import along_axis, interpolation_matrix
 
 SLAB_BYTES = 2**24  # of one image's logits that are there at a time
 
@@ -151,29 +150,11 @@ class _Slabs:
         if self._same:
             return self._logits
         columns = jnp.asarray(self._matrices[1], self._logits.dtype)
-        return _along(columns, _along(matrix, self._logits, 1), 2)
+        return along_axis(columns, along_axis(matrix, self._logits, 1), 2)
 
     def back(self, gradient: jax.Array, matrix: jax.Array) -> jax.Array:
         """What a gradient of `resized` is for the logits."""
         if self._same:
             return gradient.astype(self._logits.dtype)
         columns, wide = jnp.asarray(self._matrices[1].T, gradient.dtype), self._logits.dtype
-        return _along(matrix.T, _along(columns, gradient, 2, wide), 1)
-
-
-def _along(matrix: jax.Array, x: jax.Array, axis: int, dtype: Any = None) -> jax.Array:
-    """matrix [o, i] applied to axis 1 or 2 of x [B, H, W, K], in full precision.
-
-    One product for each place on the leading axes: nothing is transposed, and these may be split
-    over devices.
-    """
-    lead, tail = x.shape[:axis], x.shape[axis + 1 :]
-    weights = jnp.broadcast_to(matrix[(None,) * axis], (*lead, *matrix.shape))
-    y = jnp.einsum(
-        "...oi,...ic->...oc",
-        weights,
-        x.reshape(*lead, x.shape[axis], math.prod(tail)),
-        precision=jax.lax.Precision.HIGHEST,
-        preferred_element_type=dtype,
-    )
-    return y.reshape(*lead, len(matrix), *tail)
+        return along_axis(matrix.T, along_axis(columns, gradient, 2, wide), 1)

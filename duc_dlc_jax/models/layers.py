@@ -368,18 +368,32 @@ def resize_bilinear(
 
 
 def _resized(x, size, grid, step, axes):
-    for axis in axes:  # rows and batch stay apart: either may be split over devices
-        lead, tail = x.shape[: axis + 1], x.shape[axis + 2 :]
+    for axis in axes:
         sizes = x.shape[axis + 1], size[axis]
         if any(map(jax.export.is_symbolic_dim, sizes)):
             matrix = traced_interpolation_matrix(*sizes, grid, step).astype(x.dtype)
         else:
             matrix = interpolation_matrix(*sizes, grid, step).astype(x.dtype)
-        y = x.reshape(*lead, x.shape[axis + 1], math.prod(tail))
-        weights = jnp.broadcast_to(matrix[(None,) * len(lead)], (*lead, *matrix.shape))
-        y = jnp.einsum("...oi,...ic->...oc", weights, y, precision=jax.lax.Precision.HIGHEST)
-        x = y.reshape(*lead, size[axis], *tail)
+        x = along_axis(matrix, x, axis + 1)
     return x
+
+
+def along_axis(matrix: Any, x: jax.Array, axis: int, dtype: Any = None) -> jax.Array:
+    """matrix [o, i] applied to one axis of x, of length i, in full precision; dtype: of the result.
+
+    One product for each place on the leading axes: nothing is transposed, and rows and batch stay
+    apart, for either may be split over devices.
+    """
+    lead, tail = x.shape[:axis], x.shape[axis + 1 :]
+    weights = jnp.broadcast_to(matrix[(None,) * axis], (*lead, *matrix.shape))
+    y = jnp.einsum(
+        "...oi,...ic->...oc",
+        weights,
+        x.reshape(*lead, x.shape[axis], math.prod(tail)),
+        precision=jax.lax.Precision.HIGHEST,
+        preferred_element_type=dtype,
+    )
+    return y.reshape(*lead, matrix.shape[0], *tail)
 
 
 def _named_resize(grid: str) -> Callable:
