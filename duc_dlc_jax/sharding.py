@@ -160,3 +160,13 @@ def local_copy(tree, mesh: Mesh):
         )
 
     return jax.tree.map(copy, tree)
+
+
+def bytes_per_device(compiled: Any) -> int:
+    """Memory that a compiled program needs on each device: arguments, results and temporaries.
+
+    What is donated counts once.
+    """
+    memory: Any = compiled.memory_analysis()
+    used = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+    return int(used - memory.alias_size_in_bytes)

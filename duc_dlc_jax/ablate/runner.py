@@ -143,9 +143,7 @@ class Trainer:
         """Compiles the step, reads the memory it needs on a device, and returns its seconds."""
         start = time.monotonic()
         self._compiled = self._jitted.lower(state, batch, key).compile()
-        m: Any = self._compiled.memory_analysis()
-        used = m.argument_size_in_bytes + m.output_size_in_bytes + m.temp_size_in_bytes
-        self._memory = int(used - m.alias_size_in_bytes)
+        self._memory = sharding.bytes_per_device(self._compiled)
         return time.monotonic() - start
 
     def _step(self, state, batch, key) -> tuple[TrainState, dict[str, jax.Array]]:

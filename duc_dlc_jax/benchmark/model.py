@@ -114,9 +114,7 @@ class Step:
         start = time.perf_counter()
         self.compiled = jitted.lower(self._state, self._data).compile()
         self.compile_seconds = time.perf_counter() - start
-        m: Any = self.compiled.memory_analysis()
-        used = m.argument_size_in_bytes + m.output_size_in_bytes + m.temp_size_in_bytes
-        self.peak_bytes = used - m.alias_size_in_bytes
+        self.peak_bytes = sharding.bytes_per_device(self.compiled)
 
     def __call__(self) -> Any:
         self._state, metrics = self.compiled(self._state, self._data)
