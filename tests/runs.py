@@ -1,6 +1,8 @@
 """Tiny runs for tests: the same modules on 64-pixel crops, in this process or as a command."""
 
+import contextlib
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -111,9 +113,12 @@ def untrained_workdir(folder: Path, fields: dict, data: str = "scenes", change=N
 
 
 def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        return s.getsockname()[1]
+    """A port below those that Linux gives to outgoing connections: it stays free for a restart."""
+    while True:
+        port = random.randrange(20_000, 32_000)
+        with socket.socket() as s, contextlib.suppress(OSError):
+            s.bind(("localhost", port))
+            return port
 
 
 def saved_state(workdir: Path, step: int) -> dict[str, np.ndarray]:

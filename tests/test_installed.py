@@ -31,6 +31,11 @@ def site(tmp_path_factory) -> Path:
     return target
 
 
+def size(path: str) -> tuple[int, int]:
+    with Image.open(path) as image:
+        return image.size
+
+
 def test_every_command_works_in_an_empty_folder(site, scenes_dir, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     env = {"PYTHONPATH": str(site)}
@@ -48,11 +53,11 @@ def test_every_command_works_in_an_empty_folder(site, scenes_dir, tmp_path, monk
     assert json.loads(Path("scores.json").read_text())["step"] == 6
     Image.new("RGB", (64, 48)).save("black.png")
     module("predict", "--model=run", "--input=black.png", "--output=out")
-    assert Image.open("out/ids/black.png").size == (64, 48)
+    assert size("out/ids/black.png") == (64, 48)
     module("export", "--workdir=run", "--output=bundle", "--format=stablehlo")
     assert "answers as the trained network" in module("export", "--verify=bundle")
     module("predict", "--model=bundle", "--input=black.png", "--output=again")
-    assert Image.open("again/ids/black.png").size == (64, 48)
+    assert size("again/ids/black.png") == (64, 48)
     again = module("evaluate", "--model=bundle", f"--data_dir={scenes_dir}", "--json=again.json")
     assert "single scale, whole image" in again
     scores, again = (json.loads(Path(f"{name}.json").read_text()) for name in ("scores", "again"))
@@ -130,8 +135,7 @@ def test_two_folders_in_an_empty_folder(site, tmp_path, monkeypatch, masks):
     assert np.isfinite(scores[-1]["val/mIoU"])
     predict = ["--model=run", "--input=images/val", "--output=out"]
     run([sys.executable, "-m", "duc_dlc_jax.predict", *predict], **env)
-    with Image.open("out/ids/scene.png") as ids:
-        assert ids.size == (131, 97)
+    assert size("out/ids/scene.png") == (131, 97)
 
 
 @pytest.mark.skipif(

@@ -16,7 +16,7 @@ pytestmark = [
     pytest.mark.skipif(bool(slurm.missing()), reason=f"Slurm: {slurm.missing()}"),
 ]
 ROOT = pathlib.Path(__file__).parent.parent
-CHANGES = {"train__steps": 60, "train__log_every": 5, "train__checkpoint_every": 5}
+CHANGES = {"train__steps": 40, "train__log_every": 5, "train__checkpoint_every": 5}
 
 
 @pytest.fixture(scope="module")
@@ -25,30 +25,41 @@ def cluster(tmp_path_factory):
         yield env
 
 
-def submit(env, workdir, arguments) -> str:
-    """The number of a job of two nodes, one process and two CPU devices each."""
-    options = ["--nodes=2", "--parsable", "--time=10", f"--output={workdir}.log"]
-    job = subprocess.run(
-        ["sbatch", *options, str(ROOT / "launch" / "slurm.sbatch"), *arguments],
-        env=env | environment(2),
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return job.stdout.strip()
+class Job:
+    """A job of two nodes, one process and two CPU devices each."""
 
+    def __init__(self, env, workdir, arguments):
+        self.env, self.log = env, pathlib.Path(f"{workdir}.log")
+        options = ["--nodes=2", "--parsable", "--time=20", f"--output={self.log}"]
+        script = str(ROOT / "launch" / "slurm.sbatch")
+        self.number = subprocess.run(
+            ["sbatch", *options, script, *arguments],
+            env=env | environment(2),
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
 
-def state(env, job) -> dict[str, str]:
-    words = slurm.output(["scontrol", "show", "job", job], env).split()
-    return dict(word.split("=", 1) for word in words if "=" in word)
+    def call(self, *words) -> str:
+        return slurm.output([*words, self.number], self.env)
 
+    def state(self) -> dict[str, str]:
+        words = self.call("scontrol", "show", "job").split()
+        return dict(word.split("=", 1) for word in words if "=" in word)
 
-def wait_until(condition, seconds=240):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.2)
+    def wait_until(self, condition, seconds=420):
+        """Until `condition(state)`; a requeued job need not sit out Slurm's two minutes."""
+        deadline = time.monotonic() + seconds
+        while not condition(state := self.state()):
+            over = state["JobState"] in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT")
+            if over or time.monotonic() > deadline:
+                log = self.log.read_text()[-8000:] if self.log.exists() else "no log"
+                pytest.fail(f"not reached: {state}\n{log}")
+            if state["JobState"] == "PENDING" and state["Reason"] == "BeginTime":
+                change = f"JobId={self.number} StartTime=now".split()
+                slurm.output(["scontrol", "update", *change], self.env)
+            time.sleep(0.3)
 
 
 def newest(workdir) -> int:
@@ -63,22 +74,20 @@ def test_requeued_jobs_resume_bit_for_bit(cluster, scenes_dir, tmp_path):
     # The nodes' names are no host names here, hence --coordinator.
     coordinator = f"--coordinator=localhost:{free_port()}"
     arguments = command(scenes_dir, workdir, coordinator, **CHANGES)[3:]
-    job = submit(cluster, workdir, arguments)
+    job = Job(cluster, workdir, arguments)
     for tell in (["scontrol", "requeue"], ["scancel", "--signal=TERM"]):
-        wait_until(lambda: state(cluster, job)["JobState"] == "RUNNING")
-        before, restarts = newest(workdir), int(state(cluster, job)["Restarts"])
-        wait_until(lambda before=before: newest(workdir) > before)
-        slurm.output([*tell, job], cluster)
-        wait_until(lambda n=restarts: int(state(cluster, job)["Restarts"]) > n)
-        assert newest(workdir) < 60, "the run was over before it was stopped"
-        slurm.output(["scontrol", "update", f"JobId={job}", "StartTime=now"], cluster)
-    log = pathlib.Path(f"{workdir}.log")
-    wait_until(lambda: state(cluster, job)["JobState"] == "COMPLETED")
-    text = log.read_text()
+        job.wait_until(lambda state: state["JobState"] == "RUNNING")
+        before, restarts = newest(workdir), int(job.state()["Restarts"])
+        job.wait_until(lambda _, before=before: newest(workdir) > before)
+        job.call(*tell)
+        job.wait_until(lambda state, n=restarts: int(state["Restarts"]) > n)
+        assert newest(workdir) < 40, "the run was over before it was stopped"
+    job.wait_until(lambda state: state["JobState"] == "COMPLETED")
+    text = job.log.read_text()
     assert "stopped by SIGTERM; step" in text
     assert "stopped with a checkpoint: job" in text
     assert text.count("resuming from step") >= 2
-    first, second = saved_state(straight, 60), saved_state(workdir, 60)
+    first, second = saved_state(straight, 40), saved_state(workdir, 40)
     assert first.keys() == second.keys()
     for name in first:
         np.testing.assert_array_equal(first[name], second[name], err_msg=name)
@@ -87,8 +96,8 @@ def test_requeued_jobs_resume_bit_for_bit(cluster, scenes_dir, tmp_path):
 def test_an_error_that_a_restart_does_not_mend_ends_the_job(cluster, scenes_dir, tmp_path):
     arguments = command(scenes_dir, tmp_path / "run", train__batch_size=6)[3:]
     coordinator = f"--coordinator=localhost:{free_port()}"
-    job = submit(cluster, tmp_path / "run", [*arguments, coordinator])
-    wait_until(lambda: state(cluster, job)["JobState"] == "FAILED")
-    assert state(cluster, job)["ExitCode"] == "2:0"
-    assert state(cluster, job)["Restarts"] == "0"
-    assert "6 = 1 x 4 + 2" in pathlib.Path(f"{tmp_path}/run.log").read_text()
+    job = Job(cluster, tmp_path / "run", [*arguments, coordinator])
+    job.wait_until(lambda state: state["JobState"] == "FAILED")
+    assert job.state()["ExitCode"] == "2:0"
+    assert job.state()["Restarts"] == "0"
+    assert "6 = 1 x 4 + 2" in job.log.read_text()
