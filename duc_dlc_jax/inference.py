@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from duc_dlc_jax import metrics, sharding
-from duc_dlc_jax.models import layers
+from duc_dlc_jax.models import layers, resizing
 from duc_dlc_jax.models.segmenter import Segmenter
 from duc_dlc_jax.protocols import Axis, Protocol, Size
 
@@ -186,10 +186,10 @@ def _add_views(total, logits, reads, score):
             for p in range(column_weight.shape[2]):
                 flips = []
                 for flip in range(logits.shape[2]):
-                    x = layers.interpolate(
+                    x = resizing.interpolate(
                         logits[:, window, flip], row_low[:, r, 0, q], row_part[:, r, 0, q], 1
                     )
-                    x = layers.interpolate(
+                    x = resizing.interpolate(
                         x, column_low[:, c, flip, p], column_part[:, c, flip, p], 2
                     )
                     flips.append(x)
@@ -227,8 +227,8 @@ def sampled(images, rows, columns) -> jax.Array:
     """
     (row_low, row_part, row_inside), (column_low, column_part, column_inside) = rows, columns
     x = layers.normalize(images, row_part.dtype)
-    x = layers.interpolate(x, row_low, row_part, 1)
-    x = layers.interpolate(x, column_low, column_part, 2)
+    x = resizing.interpolate(x, row_low, row_part, 1)
+    x = resizing.interpolate(x, column_low, column_part, 2)
     black = layers.normalize(jnp.zeros((1, 1, 1, 3), jnp.uint8), x.dtype)
     inside = row_inside[:, :, None] & column_inside[:, None]
     return jnp.where(inside[..., None], x, black)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from duc_dlc_jax.data.labels import IGNORE
-from duc_dlc_jax.models.layers import along_axis, interpolation_matrix
+from duc_dlc_jax.models.resizing import along_axis, interpolation_matrix
 
 SLAB_BYTES = 2**24  # of one image's logits that are there at a time
 

@@ -12,7 +12,7 @@ import pytest
 from duc_dlc_jax import config as config_lib
 from duc_dlc_jax import describe, evaluate, initial, optimizer, protocols, train_step
 from duc_dlc_jax.data.labels import IGNORE, label_spec
-from duc_dlc_jax.models import layers, registry, segmenter
+from duc_dlc_jax.models import layers, registry, resizing, segmenter
 from duc_dlc_jax.models.alternatives import guided_filter as gf
 from duc_dlc_jax.models.alternatives.aspp import ASPP
 from duc_dlc_jax.models.alternatives.ccl import CCL
@@ -380,7 +380,7 @@ def test_padding_changes_nothing_on_the_way_to_the_label(upsampling, context, gr
         position, _ = protocols.Axis(protocol, n, n).reads(1, m)
         low = np.floor(position[:, 0, 0]).astype(np.int32)
         with jax.enable_x64(True):
-            logits = layers.interpolate(logits, low, position[:, 0, 0] - low, axis)
+            logits = resizing.interpolate(logits, low, position[:, 0, 0] - low, axis)
     np.testing.assert_allclose(logits[0, : size[0], : size[1]], expected, rtol=0, atol=1e-10)
 
 

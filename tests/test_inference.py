@@ -14,7 +14,7 @@ import pytest
 from duc_dlc_jax import config as config_lib
 from duc_dlc_jax import evaluate, inference, labelling, padding, protocols, sharding
 from duc_dlc_jax.data.labels import IGNORE, label_spec
-from duc_dlc_jax.models import duc, layers, segmenter
+from duc_dlc_jax.models import duc, resizing, segmenter, valid_cells
 from networks import NARROW, images_of, jit, network, on_canvas, random_variables
 
 GRIDS = pytest.mark.parametrize("grid", ["corners", "stride"])
@@ -72,16 +72,16 @@ def test_planted_fault_padding_without_masks():
 def test_padded_images_are_resized_from_and_to_their_valid_sizes(grid):
     """Cells of 1/8 to pixels, to the 1/4 grid and back to 1/32."""
     valid, size = np.array([[60, 93], [92, 33], [1, 8]], np.int32), (96, 96)
-    sizes = functools.partial(layers.valid_sizes, jnp.asarray(valid), size)
+    sizes = functools.partial(valid_cells.valid_sizes, jnp.asarray(valid), size)
     x = np.random.default_rng(0).normal(size=(3, 12, 12, 2))
     with jax.enable_x64(True):
         for stride in (1, 4, 32):
             cells, step = [n // stride for n in size], stride / 8
-            ours = layers.resize_bilinear(jnp.asarray(x), cells, grid, step, sizes)
+            ours = resizing.resize_bilinear(jnp.asarray(x), cells, grid, step, sizes)
             for image, result, pixels in zip(x, ours, valid, strict=True):
                 source, target = (-(-pixels // s) for s in (8, stride))
                 part = jnp.asarray(image[None, : source[0], : source[1]])
-                expected = layers.resize_bilinear(part, target.tolist(), grid, step)[0]
+                expected = resizing.resize_bilinear(part, target.tolist(), grid, step)[0]
                 ours_here = result[: target[0], : target[1]]
                 np.testing.assert_allclose(ours_here, expected, rtol=0, atol=1e-12)
 

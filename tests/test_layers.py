@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from duc_dlc_jax.models import layers
+from duc_dlc_jax.models import layers, resizing, valid_cells
 
 # Resizing
 
@@ -46,16 +46,16 @@ def test_resize_equals_its_formula(grid, source, size, step):
 
     with jax.enable_x64(True):
         both = jnp.stack([jnp.asarray(x), 2 * jnp.asarray(x)], -1)[None]
-        ours = np.asarray(layers.resize_bilinear(both, size, grid, step))
+        ours = np.asarray(resizing.resize_bilinear(both, size, grid, step))
     expected = sampled(x, size, position)
     np.testing.assert_allclose(ours[0, ..., 0], expected, rtol=0, atol=1e-12)
     np.testing.assert_allclose(ours[0, ..., 1], 2 * expected, rtol=0, atol=1e-12)
 
 
 def test_stride_grid_clamps_to_the_last_cell():
-    matrix = layers.interpolation_matrix(3, 6, "stride", 0.5)
+    matrix = resizing.interpolation_matrix(3, 6, "stride", 0.5)
     np.testing.assert_array_equal(matrix @ [0, 10, 20], [0, 5, 10, 15, 20, 20])
-    np.testing.assert_array_equal(layers.interpolation_matrix(6, 3, "stride", 2), np.eye(6)[::2])
+    np.testing.assert_array_equal(resizing.interpolation_matrix(6, 3, "stride", 2), np.eye(6)[::2])
 
 
 def shifts(size, grid) -> dict[str, np.ndarray]:
@@ -70,7 +70,7 @@ def shifts(size, grid) -> dict[str, np.ndarray]:
     for name, (source, target) in resizes.items():
         positions = source * np.arange(cells[source])
         args = cells[source], cells[target], grid, target / source
-        moved = layers.interpolation_matrix(*args) @ positions
+        moved = resizing.interpolation_matrix(*args) @ positions
         result[name] = np.abs(target * np.arange(cells[target]) - moved)
     return result
 
@@ -241,8 +241,8 @@ def test_valid_cells_lie_on_valid_pixels(stride, size):
     valid = np.array([size, (1, 1), (size[0] // 2, size[1]), (17, 5)], np.int32)
     rows, columns = (np.arange(n)[None] < valid[:, axis, None] for axis, n in enumerate(size))
     expected = (rows[:, :, None, None] & columns[:, None, :, None])[:, ::stride, ::stride]
-    sizes = layers.valid_sizes(jnp.asarray(valid), size, expected.shape[1:3])
-    cells = layers.cells_within(sizes, expected.shape[1:3])
+    sizes = valid_cells.valid_sizes(jnp.asarray(valid), size, expected.shape[1:3])
+    cells = valid_cells.cells_within(sizes, expected.shape[1:3])
     np.testing.assert_array_equal(cells, expected)
 
 
@@ -257,7 +257,7 @@ def padded(padding, valid=((13, 18), (24, 7))):
         image[-(-height // 4) :] = padding
         image[:, -(-width // 4) :] = padding
     sizes = jnp.asarray(valid, jnp.int32)
-    masked = {"valid_sizes": functools.partial(layers.valid_sizes, sizes, (24, 32))}
+    masked = {"valid_sizes": functools.partial(valid_cells.valid_sizes, sizes, (24, 32))}
     return x, masked | {"dtype": x.dtype}
 
 

@@ -18,7 +18,7 @@ import pytest
 from duc_dlc_jax import config as config_lib
 from duc_dlc_jax import losses, metrics, optimizer, pixel_scores, sharding, train_step
 from duc_dlc_jax.data.labels import IGNORE, label_spec
-from duc_dlc_jax.models import layers, segmenter
+from duc_dlc_jax.models import resizing, segmenter
 from runs import tiny_config
 
 # Loss
@@ -418,7 +418,7 @@ def test_the_loss_in_slabs_equals_that_of_all_logits(grid, smoothing, monkeypatc
 
         def whole(logits):
             """Plain: no slabs, and the gradient of JAX."""
-            x = layers.resize_bilinear(logits, (37, 50), grid, 1 / 8)
+            x = resizing.resize_bilinear(logits, (37, 50), grid, 1 / 8)
             target = jax.nn.one_hot(labels, 4, dtype=x.dtype)  # 0 where ignored
             weights = jnp.asarray(chosen.class_weights)
             soft = (1 - smoothing) * target + smoothing / 4 * target.sum(-1, keepdims=True)

@@ -12,7 +12,7 @@ import pytest
 
 from duc_dlc_jax import describe, optimizer, sharding, train_step
 from duc_dlc_jax.config import ConfigError
-from duc_dlc_jax.models import layers, segmenter
+from duc_dlc_jax.models import layers, resizing, segmenter
 from duc_dlc_jax.models.duc import DUC
 from duc_dlc_jax.models.resnet import ResNet
 from networks import IMAGE, jit, random_variables, shapes_of
@@ -164,7 +164,7 @@ def test_coefficients_are_one_convolution_of_the_concatenation(duc, grid):
         guidance = captured["guidance_bn"]["__call__"][0]
         low = jnp.maximum(captured["low_bn"]["__call__"][0], 0)
         guidance, low = (
-            np.asarray(layers.resize_bilinear(x, (7, 8), grid, step))
+            np.asarray(resizing.resize_bilinear(x, (7, 8), grid, step))
             for x, step in ((guidance, 2), (low, 0.25))
         )
     halves = params["coefficients_guidance"]["kernel"], params["coefficients_low"]["kernel"]

@@ -15,7 +15,7 @@ from duc_dlc_jax import config as config_lib
 from duc_dlc_jax import losses, optimizer, pixel_scores, train_step
 from duc_dlc_jax.config import ConfigError
 from duc_dlc_jax.data.labels import IGNORE
-from duc_dlc_jax.models import layers, segmenter
+from duc_dlc_jax.models import resizing, segmenter
 from networks import NARROW, jit, random_variables
 from runs import tiny_config
 
@@ -166,7 +166,7 @@ def test_ohem_over_slabs_of_rows_is_that_of_the_whole(monkeypatch):
         return losses.loss_and_accuracy(logits, y, chosen, "corners", 4)
 
     def whole(logits):
-        full = layers.resize_bilinear(logits, y.shape[1:], "corners", 1 / 4)
+        full = resizing.resize_bilinear(logits, y.shape[1:], "corners", 1 / 4)
         return losses.loss_and_accuracy(full, y, chosen)
 
     with jax.enable_x64(True):

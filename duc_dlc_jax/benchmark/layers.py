@@ -16,7 +16,7 @@ import numpy as np
 
 from duc_dlc_jax import losses
 from duc_dlc_jax.benchmark.timing import seconds_per_call
-from duc_dlc_jax.models import layers
+from duc_dlc_jax.models import layers, resizing
 
 # (channels in, channels out, side of the grid, dilation): DLC's branches at 1/8 of 480 pixels, the
 # convolution of I_l, the dilated stages of output stride 16 and 8, layer1..4 at output stride 32.
@@ -94,7 +94,7 @@ def losses_table(batch: int, side: int, steps: int, classes: Any = (19, 150)) ->
         labels = jnp.asarray(rng.integers(0, k, (batch, side, side)).astype(np.uint8))
 
         def whole(logits, labels):
-            x = layers.resize_bilinear(logits, labels.shape[1:], "corners", 1 / 8)
+            x = resizing.resize_bilinear(logits, labels.shape[1:], "corners", 1 / 8)
             target = (labels[..., None] == jnp.arange(x.shape[-1])[None, None, None]) * x
             return (jax.nn.logsumexp(x, -1) - target.sum(-1)).mean()
 

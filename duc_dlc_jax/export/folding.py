@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from duc_dlc_jax.models import layers
+from duc_dlc_jax.models import layers, resizing
 from duc_dlc_jax.models.duc import DUC
 from duc_dlc_jax.models.segmenter import Segmenter
 
@@ -184,7 +184,7 @@ class FoldedNetwork:
         path = "/".join(duc.path)
         if duc.guidance_stride > 1:
             half = tuple(-(-n // duc.guidance_stride) for n in image.shape[1:3])
-            image = layers.resize_bilinear(image, half, duc.grid, duc.guidance_stride)
+            image = resizing.resize_bilinear(image, half, duc.grid, duc.guidance_stride)
         g = nn.relu(self._convolve(f"{path}/g_conv1", image))
         g = self._convolve(f"{path}/guidance_conv", g)
-        return layers.resize_bilinear(g, size, duc.grid, 8 / (4 * duc.guidance_stride))
+        return resizing.resize_bilinear(g, size, duc.grid, 8 / (4 * duc.guidance_stride))

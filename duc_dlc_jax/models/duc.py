@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from duc_dlc_jax.models.layers import resize_bilinear
+from duc_dlc_jax.models.resizing import resize_bilinear
 
 SLAB_BYTES = 2**26  # of g(I), in float32, at a time where it runs in slabs
 
@@ -22,7 +22,7 @@ class DUC(nn.Module):
     resolution and its product is upsampled (`commute=False` upsamples first: the same numbers).
 
     `slabs` (inference) runs g(I) and the stride-4 convolution in slabs of rows: the same numbers in
-    bounded memory. `valid_sizes`: as in `layers.resize_bilinear`.
+    bounded memory. `valid_sizes`: as in `resizing.resize_bilinear`.
     """
 
     width: int  # channels of G~, I~, a, b, O

@@ -1,4 +1,4 @@
-"""Convolution, batch normalisation and bilinear resizing, as the whole network uses them.
+"""Convolution, batch normalisation and pooling, as the whole network uses them.
 
 Arrays are [batch, height, width, channels]. Parameters and statistics are float32 (float64 when the
 compute dtype is float64); activations have the compute dtype.
@@ -14,9 +14,10 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.export
 import jax.numpy as jnp
 import numpy as np
+
+from duc_dlc_jax.models.valid_cells import cells_within, zero_beyond
 
 Dtype = Any
 IMAGE_MEAN = (0.485, 0.456, 0.406)  # RGB in 0..1
@@ -71,8 +72,8 @@ class Conv(nn.Module):
 
     `groups`: of channels that do not see each other; with as many as channels it is depthwise.
 
-    `valid_sizes`: from the grid (h, w) to int32 [B, 2] (`valid_sizes` below); cells beyond these
-    are set to 0 before a kernel larger than 1 reads them, as if the image ended there.
+    `valid_sizes`: from the grid (h, w) to int32 [B, 2] (`valid_cells.valid_sizes`); cells beyond
+    these are set to 0 before a kernel larger than 1 reads them, as if the image ended there.
     """
 
     features: int
@@ -219,8 +220,8 @@ class BatchNorm(nn.Module):
     (PyTorch), n being the values per channel of a group.
 
     `valid_sizes`: from the grid (h, w) to int32 [B, 2], the part of each image that enters the
-    statistics (`valid_sizes` below); n is the number of its cells, and the groups' shares in the
-    running statistics are proportional to it. All cells are normalised. A group without a valid
+    statistics (`valid_cells.valid_sizes`); n is the number of its cells, and the groups' shares in
+    the running statistics are proportional to it. All cells are normalised. A group without a valid
     cell counts all its cells.
     """
 
@@ -313,133 +314,6 @@ def _mean_and_variance(values, kernel, mean_of):
     return jnp.dot(mean, kernel, precision=exact), jnp.maximum(var, 0)
 
 
-def interpolation_matrix(size_in: int, size_out: int, grid: str, step: float) -> np.ndarray:
-    """[size_out, size_in] float64 bilinear weights along one axis.
-
-    grid: "corners" maps the end cells onto each other (align_corners=True); "stride" puts output
-    cell i at input position i * step, clamped to the last cell, which is where strided convolutions
-    with symmetric padding really sample; "half_pixel" maps the outer edges of the end cells onto
-    each other (align_corners=False). step: output stride over input stride, for "stride" alone.
-    """
-    index = np.arange(size_out)
-    if grid == "corners":
-        position = index * (size_in - 1) / max(size_out - 1, 1)
-    elif grid == "half_pixel":
-        position = ((2 * index + 1) * size_in - size_out) / (2 * size_out)
-        position = np.clip(position, 0, size_in - 1)
-    else:
-        position = np.minimum(index * step, size_in - 1)
-    low = np.floor(position).astype(int)
-    high = np.minimum(low + 1, size_in - 1)
-    matrix = np.zeros((size_out, size_in))
-    np.add.at(matrix, (index, low), 1 - (position - low))
-    np.add.at(matrix, (index, high), position - low)
-    return matrix
-
-
-def resize_bilinear(
-    x: jax.Array,
-    size: Sequence[int],
-    grid: str,
-    step: float,
-    valid_sizes: Callable[[Sequence[int]], jax.Array] | None = None,
-    axes: Sequence[int] = (0, 1),
-) -> jax.Array:
-    """Bilinear resize of [B, H, W, C] to [B, *size, C] in x's dtype; axes: 0 rows, 1 columns.
-
-    Matrix products in the highest precision for float32, so that neither TF32 nor bf16 passes move
-    an arg-max. With `valid_sizes` (below) each image is resized from its valid cells to its valid
-    size, by gathering, since the weights differ from image to image; what lies beyond is finite and
-    means nothing.
-    """
-    if valid_sizes is not None:
-        source, target = valid_sizes(x.shape[1:3]), valid_sizes(size)
-        for axis in axes:
-            low, fraction = interpolation_positions(
-                source[:, axis], target[:, axis], size[axis], grid, step
-            )
-            x = interpolate(x, low, fraction, axis + 1)
-        return x
-    if all(x.shape[axis + 1] == size[axis] for axis in axes):
-        return x
-    if any(map(jax.export.is_symbolic_dim, (*x.shape[1:3], *size))):
-        return _resized(x, size, grid, step, axes)
-    return _RESIZE[grid](x, size=tuple(size), step=step, axes=tuple(axes))
-
-
-def _resized(x, size, grid, step, axes):
-    for axis in axes:
-        sizes = x.shape[axis + 1], size[axis]
-        if any(map(jax.export.is_symbolic_dim, sizes)):
-            matrix = traced_interpolation_matrix(*sizes, grid, step).astype(x.dtype)
-        else:
-            matrix = interpolation_matrix(*sizes, grid, step).astype(x.dtype)
-        x = along_axis(matrix, x, axis + 1)
-    return x
-
-
-def along_axis(matrix: Any, x: jax.Array, axis: int, dtype: Any = None) -> jax.Array:
-    """matrix [o, i] applied to one axis of x, of length i, in full precision; dtype: of the result.
-
-    One product for each place on the leading axes: nothing is transposed, and rows and batch stay
-    apart, for either may be split over devices.
-    """
-    lead, tail = x.shape[:axis], x.shape[axis + 1 :]
-    weights = jnp.broadcast_to(matrix[(None,) * axis], (*lead, *matrix.shape))
-    y = jnp.einsum(
-        "...oi,...ic->...oc",
-        weights,
-        x.reshape(*lead, x.shape[axis], math.prod(tail)),
-        precision=jax.lax.Precision.HIGHEST,
-        preferred_element_type=dtype,
-    )
-    return y.reshape(*lead, matrix.shape[0], *tail)
-
-
-def _named_resize(grid: str) -> Callable:
-    """`_resized` with the name `resize_GRID` in a traced network, where the export finds it."""
-
-    def resize(x, size, step, axes):
-        return _resized(x, size, grid, step, axes)
-
-    resize.__name__ = f"resize_{grid}"
-    return jax.jit(resize, static_argnames=("size", "step", "axes"))
-
-
-_RESIZE = {grid: _named_resize(grid) for grid in ("corners", "stride", "half_pixel")}
-
-
-def traced_interpolation_matrix(size_in: Any, size_out: Any, grid: str, step: float) -> jax.Array:
-    """`interpolation_matrix` of sizes that are not known yet: symbols."""
-    sizes = jnp.asarray([size_in]), jnp.asarray([size_out])
-    low, fraction = (x[0, :, None] for x in interpolation_positions(*sizes, size_out, grid, step))
-    cell = jnp.arange(size_in)[None]
-    return jnp.where(cell == low, 1 - fraction, 0) + jnp.where(cell == low + 1, fraction, 0)
-
-
-def valid_sizes(valid: jax.Array, size: Sequence[int], grid: Sequence[int]) -> jax.Array:
-    """Height and width in cells of the unpadded part of each image on a grid: int32 [B, 2].
-
-    valid: int32 [B, 2], height and width in pixels of the unpadded part, at the top left of each
-    image; size: of the padded images (H, W). A grid of stride s, a power of 2, has ceil(size / s)
-    cells.
-    """
-    strides = [2 ** math.ceil(math.log2(n / cells)) for n, cells in zip(size, grid, strict=True)]
-    return -(-valid // jnp.asarray(strides, valid.dtype)[None])
-
-
-def cells_within(sizes: jax.Array, grid: Sequence[int]) -> jax.Array:
-    """Which cells of a grid lie in the top left sizes, int32 [B, 2]: bool [B, *grid, 1]."""
-    rows = jnp.arange(grid[0])[None] < sizes[:, :1]
-    columns = jnp.arange(grid[1])[None] < sizes[:, 1:]
-    return (rows[:, :, None] & columns[:, None, :])[..., None]
-
-
-def zero_beyond(x: jax.Array, sizes: jax.Array) -> jax.Array:
-    """[B, H, W, C] with the cells at or beyond sizes, int32 [B, 2], set to 0."""
-    return jnp.where(cells_within(sizes, x.shape[1:3]), x, 0)
-
-
 @jax.jit  # keeps its name, as `max_pool` does
 def image_mean(x: jax.Array) -> jax.Array:
     """[B, H, W, C] -> [B, 1, 1, C]."""
@@ -459,41 +333,3 @@ def mean_of_valid(
     sizes = valid_sizes(x.shape[1:3])
     total = zero_beyond(wide, sizes).sum((1, 2), keepdims=True)
     return (total / sizes.prod(1)[:, None, None, None]).astype(x.dtype)
-
-
-def interpolation_positions(
-    size_in: jax.Array, size_out: jax.Array, cells: int, grid: str, step: float
-) -> tuple[jax.Array, jax.Array]:
-    """`interpolation_matrix` for sizes that are known at run time, int32 [B].
-
-    Returns for `cells` output cells the lower input cell, int32 [B, cells], and the weight of the
-    next one, float [B, cells]. Cells from size_out on repeat the last input cell.
-    """
-    index, last = jnp.arange(cells)[None], size_in[:, None] - 1
-    if grid == "corners":  # whole numbers: exact
-        divisor = jnp.maximum(size_out[:, None] - 1, 1)
-        low, fraction = index * last // divisor, (index * last % divisor) / divisor
-    elif grid == "half_pixel":  # likewise
-        divisor = 2 * jnp.maximum(size_out[:, None], 1)
-        position = jnp.maximum((2 * index + 1) * size_in[:, None] - divisor // 2, 0)
-        low, fraction = position // divisor, (position % divisor) / divisor
-    else:  # step is a power of 2: exact
-        position = index * step
-        low = jnp.floor(position).astype(jnp.int32)
-        fraction = position - low
-    return jnp.minimum(low, last), jnp.where(low < last, fraction, 0)
-
-
-def interpolate(x: jax.Array, low: jax.Array, fraction: jax.Array, axis: int) -> jax.Array:
-    """(1 - fraction) x[low] + fraction x[low + 1] along axis 1 or 2 of x [B, H, W, C].
-
-    low: int [B, n]; fraction: float [B, n], 0 where low is the last cell. As in `resize_bilinear`'s
-    matrices the weights are rounded to x's dtype, and their products summed in float32 or wider.
-    """
-    shape = (len(x), -1, 1, 1) if axis == 1 else (len(x), 1, -1, 1)
-    low, fraction, wide = low.reshape(shape), fraction.reshape(shape), parameter_dtype(x.dtype)
-    first, second = (
-        jnp.take_along_axis(x, cells, axis, mode="clip").astype(wide) for cells in (low, low + 1)
-    )
-    below, above = (part.astype(x.dtype).astype(wide) for part in (1 - fraction, fraction))
-    return (below * first + above * second).astype(x.dtype)

@@ -7,7 +7,8 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from duc_dlc_jax.models.layers import max_pool, zero_beyond
+from duc_dlc_jax.models.layers import max_pool
+from duc_dlc_jax.models.valid_cells import zero_beyond
 
 # Blocks per stage; 14 and 26 are this project's small variants for tests and the demo.
 BLOCKS = {

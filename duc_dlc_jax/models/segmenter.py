@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import ml_collections
 
 from duc_dlc_jax.config import ConfigError
-from duc_dlc_jax.models import layers, registry
+from duc_dlc_jax.models import layers, registry, resizing, valid_cells
 from duc_dlc_jax.models.alternatives.dupsampling import DUpsampling
 from duc_dlc_jax.models.alternatives.guided_filter import GuidedFilter
 from duc_dlc_jax.models.resnet import ResNet
@@ -83,7 +83,9 @@ class Segmenter(nn.Module):
                 "height and width of the unpadded part of each crop; this batch has none. "
                 'model.bn_padding="counted" does without'
             )
-        every = None if valid is None else partial(layers.valid_sizes, valid, images.shape[1:3])
+        every = (
+            None if valid is None else partial(valid_cells.valid_sizes, valid, images.shape[1:3])
+        )
         sizes = None if train else every
         conv = partial(layers.Conv, dtype=self.dtype, valid_sizes=sizes)
         norm = partial(
@@ -96,7 +98,7 @@ class Segmenter(nn.Module):
             valid_sizes=every if masked else None,
             dtype=self.dtype,
         )
-        resize = partial(layers.resize_bilinear, valid_sizes=sizes)
+        resize = partial(resizing.resize_bilinear, valid_sizes=sizes)
         image = layers.normalize(images, self.dtype)
         backbone = ResNet(
             self.depth,

@@ -19,7 +19,7 @@ class ASPP(nn.Module):
 
     [B, h, w, C] -> [B, h, w, width]; every convolution (no bias) is followed by BN and ReLU. With
     width 256 and the rates 12, 24, 36 it is torchvision's `DeepLabHead` without the classifier.
-    `valid_sizes`: as in `layers.resize_bilinear`; the image's mean is that of its valid cells.
+    `valid_sizes`: as in `resizing.resize_bilinear`; the image's mean is that of its valid cells.
     """
 
     width: int

@@ -9,14 +9,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from duc_dlc_jax.models.layers import resize_bilinear
+from duc_dlc_jax.models.resizing import resize_bilinear
 
 
 class Bilinear(nn.Module):
     """I~, DUC's dilated convolution of I_l, brought to I_m's grid and joined to I_m.
 
     DUC adds three things at once, the 1/8 grid, the skip I_m and the guidance: against this module
-    it adds the third alone. `valid_sizes`: as in `layers.resize_bilinear`.
+    it adds the third alone. `valid_sizes`: as in `resizing.resize_bilinear`.
     """
 
     width: int  # channels of I~

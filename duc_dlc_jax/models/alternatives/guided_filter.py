@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from duc_dlc_jax.models.layers import cells_within
+from duc_dlc_jax.models.valid_cells import cells_within
 
 RADIUS, EPSILON = 4, 1e-2  # pixels; of the variance: as published for DeepLab
 

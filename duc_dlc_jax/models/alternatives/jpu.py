@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from duc_dlc_jax.models.layers import resize_bilinear
+from duc_dlc_jax.models.resizing import resize_bilinear
 
 RATES = (1, 2, 4, 8)
 
@@ -19,7 +19,7 @@ class JPU(nn.Module):
 
     Each separable convolution: depthwise 3x3 with dilation 1, 2, 4, 8, BN, 1x1 -> width, BN, ReLU,
     all side by side. Published: width 512 for an output stride of 32. `valid_sizes`: as in
-    `layers.resize_bilinear`.
+    `resizing.resize_bilinear`.
     """
 
     width: int

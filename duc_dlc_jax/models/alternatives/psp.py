@@ -17,7 +17,7 @@ class PSP(nn.Module):
 
     [B, h, w, C] -> [B, h, w, width]. Bins are those of PyTorch's adaptive pooling (they may share
     cells) and return to the grid with corners on corners, whatever `resize_grid` says: no stride
-    belongs to them. Published: width 512. `valid_sizes`: as in `layers.resize_bilinear`.
+    belongs to them. Published: width 512. `valid_sizes`: as in `resizing.resize_bilinear`.
     """
 
     width: int
