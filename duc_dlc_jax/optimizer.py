@@ -64,7 +64,28 @@ def scale_parts(new_layers: float, multipliers: Sequence[str] = ()) -> optax.Gra
     return optax.stateless(update)
 
 
-def create(config: ml_collections.ConfigDict, steps: int) -> optax.GradientTransformation:
+def held(
+    rule: optax.GradientTransformation, read: Callable[[Any], Any] | None = None
+) -> optax.GradientTransformationExtraArgs:
+    """`rule` that keeps its state where the argument `finite` of its update, a bool, is False.
+
+    read: the updates, from the new state. The parameters are then computed from what was stored,
+    behind a barrier: otherwise XLA computes it twice, from old values, and so copies the momentum
+    and the parameters before it overwrites them (a CPU's program, R50: 287 MB a step).
+    """
+
+    def update(updates, state, params=None, *, finite=True, **_):
+        updates, new = rule.update(updates, state, params)
+        new = jax.tree.map(lambda new, old: jax.numpy.where(finite, new, old), new, state)
+        if read is not None:
+            new = jax.lax.optimization_barrier(new)
+            updates = read(new)
+        return updates, new
+
+    return optax.GradientTransformationExtraArgs(rule.init, update)
+
+
+def create(config: ml_collections.ConfigDict, steps: int) -> optax.GradientTransformationExtraArgs:
     """`config.optimizer` -> update rule of PyTorch's SGD or AdamW with a rate for each part.
 
     d = clip(gradient); rate = schedule(step) * the part's multiplier. Decay concerns every
@@ -73,20 +94,23 @@ def create(config: ml_collections.ConfigDict, steps: int) -> optax.GradientTrans
     sgd: v = momentum * v + d + weight_decay * w;  w = w - rate * v.
     adamw: w = w - rate * (m / (sqrt(v) + epsilon) + weight_decay * w), m and v the bias-corrected
     means of d and d^2.
+
+    Its update takes `finite`, a bool scalar: where it is False the state stays as it was.
     """
     mask = _kernels if config.decay_kernels_only else None
     decay = optax.add_decayed_weights(config.weight_decay, mask)
     if config.name == "adamw":
-        rule = (optax.scale_by_adam(*config.adam_betas, eps=config.adam_epsilon), decay)
+        rule = (held(optax.scale_by_adam(*config.adam_betas, eps=config.adam_epsilon)), decay)
     else:
-        rule = (decay, optax.trace(config.momentum))
+        rule = (decay, held(optax.trace(config.momentum), read=lambda state: state.trace))
     schedule = poly_schedule(config.learning_rate, config.power, steps, config.warmup_steps)
-    return optax.chain(
+    chain = optax.chain(
         optax.clip_by_global_norm(config.clip_norm) if config.clip_norm > 0 else optax.identity(),
         *rule,
         scale_parts(config.new_layer_multiplier, config.multipliers),
-        optax.scale_by_learning_rate(schedule),
+        held(optax.scale_by_learning_rate(schedule)),
     )
+    return optax.with_extra_args_support(chain)
 
 
 def _kernels(params: Any) -> Any:

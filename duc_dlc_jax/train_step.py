@@ -82,7 +82,7 @@ def init_variables(model: Segmenter, seed: int) -> dict[str, Any]:
 
 def make_train_step(
     model: Segmenter,
-    optimizer: optax.GradientTransformation,
+    optimizer: optax.GradientTransformationExtraArgs,
     config: ml_collections.ConfigDict,
     pixels: Sequence[int] | None = None,
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
@@ -128,19 +128,27 @@ def make_train_step(
             state.params, state.batch_stats, batch, key
         )
         with jax.named_scope("optimizer"):
-            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            norm = optax.tree.norm(grads)
+            finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+            updates, opt_state = optimizer.update(
+                grads, state.opt_state, state.params, finite=finite
+            )
             params: Any = optax.apply_updates(state.params, updates)
-        if model.backbone_frozen:  # weight decay would move it
-            params |= {"backbone": state.params["backbone"]}
-        ema = state.ema
-        if config.optimizer.ema_decay:
-            new = {"params": params, "batch_stats": batch_stats}
-            ema = optax.incremental_update(new, ema, 1 - config.optimizer.ema_decay)
-        metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads), "PA": accuracy}
+            if model.backbone_frozen:  # weight decay would move it
+                params |= {"backbone": state.params["backbone"]}
+            ema = state.ema
+            if config.optimizer.ema_decay:
+                new = {"params": params, "batch_stats": batch_stats}
+                ema = optax.incremental_update(new, ema, 1 - config.optimizer.ema_decay)
+            # The optimizer does the same with its own state.
+            step, params, batch_stats, ema = jax.tree.map(
+                lambda new, old: jnp.where(finite, new, old),
+                (state.step + 1, params, batch_stats, ema),
+                (state.step, state.params, state.batch_stats, state.ema),
+            )
+        metrics = {"loss": loss, "grad_norm": norm, "PA": accuracy}
         if "bad" in batch:
             metrics["bad_share"] = batch["bad"].mean(dtype=jnp.float32)
-        after = TrainState(state.step + 1, params, batch_stats, opt_state, ema)
-        finite = jnp.isfinite(loss) & jnp.isfinite(metrics["grad_norm"])
-        return jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, state), metrics
+        return TrainState(step, params, batch_stats, opt_state, ema), metrics
 
     return train_step

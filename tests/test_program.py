@@ -56,9 +56,12 @@ def test_no_logits_and_no_guidance_as_large_as_the_images(program):
 
 
 def test_the_state_is_updated_in_place(program):
-    compiled, _, _, size = program
+    """Aliased, and no array of parameters or momentum is copied before it is overwritten."""
+    compiled, text, _, size = program
     memory = compiled.memory_analysis()
     assert memory.alias_size_in_bytes >= size - 4096
+    copied = re.findall(r"= \w+\[([\d,]*)\]\S* copy\(\S*state\S*\)", text)
+    assert all(np.prod([int(n) for n in shape.split(",") if n]) < 1024 for shape in copied), copied
 
 
 def test_temporaries_are_bounded(program):
@@ -80,10 +83,10 @@ def test_flops_are_those_of_three_passes_and_of_the_loss(program):
 
 
 def test_few_transposes_and_copies(program):
-    """91 and 238 as measured (JAX 0.10)."""
+    """91 and 151 as measured (JAX 0.10)."""
     text = program[1]
     transposes = len(re.findall(r"= \S+ transpose\(", text))
     copies = len(re.findall(r"= \S+ copy\(", text))
     print(f"{transposes} transposes, {copies} copies")
     assert transposes < 140
-    assert copies < 360
+    assert copies < 230

@@ -279,7 +279,7 @@ def test_planted_fault_decay_decoupled(fault):
         optimizer.scale_parts(o.new_layer_multiplier),
         optax.scale_by_learning_rate(optimizer.poly_schedule(o.learning_rate, o.power, STEPS)),
     )
-    assert fault(rule) > FAULT
+    assert fault(optax.with_extra_args_support(rule)) > FAULT
 
 
 def test_planted_fault_times_ten_on_the_backbone(fault):

@@ -13,7 +13,10 @@ import jax
 
 from duc_dlc_jax.benchmark.floor import group_of
 
-_INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.-]+) = .*?op_name=\"([^\"]*)\"", re.MULTILINE)
+_INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.-]+) = (.*)$")
+_COMPUTATION = re.compile(r"^%?([\w.-]+) .*\{$")
+_NAME, _CALLS = re.compile(r'op_name="([^"]*)"'), re.compile(r"calls=%?([\w.-]+)")
+_OPERANDS = re.compile(r"%([\w.-]+)")
 
 
 def trace(call: Callable[[], Any], calls: int) -> dict[str, dict[str, float]]:
@@ -47,8 +50,36 @@ def _by_instruction(data: Any, calls: int) -> dict[str, dict[str, float]]:
 
 
 def instructions(compiled_text: str) -> dict[str, str]:
-    """{HLO instruction: name of the operation it came from}, of a compiled program's text."""
-    return dict(_INSTRUCTION.findall(compiled_text))
+    """{HLO instruction: name of the operation it came from}, of a compiled program's text.
+
+    The compiler leaves some without: a fusion then takes the name of the last instruction in it
+    that has one. What has none even so takes that of an operand, of the backward pass if one is (a
+    kernel's gradient reads an activation and a gradient), or else of its first user.
+    """
+    names, reads, calls, last, inside = {}, {}, {}, {}, ""
+    for line in compiled_text.splitlines():
+        if found := _COMPUTATION.match(line):
+            inside = found[1]
+        if not (found := _INSTRUCTION.match(line)):
+            continue
+        instruction, text = found.groups()
+        if name := _NAME.search(text):
+            names[instruction] = last[inside] = name[1]
+        if called := _CALLS.search(text):
+            calls[instruction] = called[1]
+        reads[instruction] = _OPERANDS.findall(text.split(", metadata=")[0])
+    for instruction, operands in reads.items():  # in order: operands come first
+        if instruction in names:
+            continue
+        known = [last[calls[instruction]]] if calls.get(instruction) in last else []
+        known = known or [names[o] for o in operands if o in names]
+        if known:
+            names[instruction] = max(known, key=lambda name: "transpose(" in name)
+    for instruction, operands in reads.items():
+        if instruction in names:
+            for operand in operands:
+                names.setdefault(operand, names[instruction])
+    return names
 
 
 def group(operation: str, modules: Collection[str]) -> tuple[str, str]:
