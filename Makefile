@@ -7,6 +7,9 @@ EXTRAS ?= $(shell $(PYTHON) -c 'import sys; print("dev,export,torch" if sys.vers
 PYTEST_ARGS ?= -n 2 --dist loadfile
 
 comma := ,
+space := $(subst ,, )
+# What the fast suite leaves out; each has a target.
+MARKS := commands parity fault multiprocess slurm browser installed export real_data
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
 PYTEST := $(BIN)/python -m pytest
@@ -17,7 +20,7 @@ export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
-.PHONY: help install demo test test-parity test-fault test-multiprocess test-slurm test-browser test-installed test-export test-real-data test-all conversion lint format bench clean
+.PHONY: help install demo test test-commands test-parity test-fault test-multiprocess test-slurm test-browser test-installed test-export test-real-data test-all conversion lint format bench clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -37,7 +40,10 @@ demo: install  ## draw street scenes, train a small network on them, evaluate it
 	$(BIN)/python -m duc_dlc_jax.main --config=configs/demo.py --workdir=runs/demo
 
 test: install  ## the fast suite
-	$(PYTEST) -m "not parity and not fault and not multiprocess and not slurm and not browser and not installed and not export and not real_data" $(PYTEST_ARGS)
+	$(PYTEST) -m "not ($(subst $(space), or ,$(MARKS)))" $(PYTEST_ARGS)
+
+test-commands: install  ## fit, surgery and ablate, which train and evaluate
+	$(PYTEST) -m commands $(PYTEST_ARGS)
 
 test-parity: install  ## the deep and wide networks against PyTorch
 	$(PYTEST) -m parity
@@ -63,7 +69,7 @@ test-export: install  ## deep networks as bundles, and the C++ example: needs cm
 test-real-data: install  ## needs DUC_DLC_SHARED_DATA, see CONTRIBUTING.md
 	$(PYTEST) -m real_data
 
-test-all: test test-parity test-fault test-multiprocess test-slurm test-browser test-installed test-export test-real-data  ## every suite
+test-all: test test-commands test-parity test-fault test-multiprocess test-slurm test-browser test-installed test-export test-real-data  ## every suite
 
 conversion: install  ## the rows of the matrix in docs/conversion.md
 	@$(PYTEST) -q -s -m "parity or export" tests/test_layouts.py tests/test_import_model.py tests/test_export_deep.py | grep "^|"

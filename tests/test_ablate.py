@@ -23,6 +23,8 @@ from duc_dlc_jax.train import train
 from networks import NARROW, jit
 from runs import tiny_config
 
+pytestmark = pytest.mark.commands
+
 TWO = [Variant("fcn", parts("none", "none"), 2), Variant("duc_dlc", parts("duc", "dlc"), 1)]
 
 

@@ -19,6 +19,8 @@ from duc_dlc_jax.data.labels import DataError
 from duc_dlc_jax.models import segmenter
 from runs import TINY, run
 
+pytestmark = pytest.mark.commands
+
 SHARED = os.environ.get("DUC_DLC_SHARED_DATA", "")
 GIB = 2**30
 CPU = plans.Machine("cpu", "cpu", 1, 8 * GIB, 16 * GIB, 4)

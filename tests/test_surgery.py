@@ -34,6 +34,8 @@ from duc_dlc_jax.models import layers, segmenter
 from networks import jit, random_variables
 from runs import run, tiny_config
 
+pytestmark = pytest.mark.commands
+
 SPEC = label_spec("scenes")
 
 
