@@ -324,3 +324,26 @@ def test_normalisation_constants():
     np.testing.assert_allclose(ours, [black, white, mixed], rtol=1e-6)
     floats = jnp.asarray([[[[1.5, -2.0, 0.25]]]])
     np.testing.assert_array_equal(layers.normalize(floats, jnp.float32), floats)
+
+
+@pytest.mark.parametrize(
+    ("k", "stride", "dilation"), [(1, 1, 1), (1, 2, 1), (3, 1, 1), (3, 2, 1), (3, 1, 3)]
+)
+def test_every_way_to_the_kernels_gradient_gives_the_same(k, stride, dilation):
+    """130 channels: enough for a CPU's default to be `taps` at 3x3 too."""
+    rng = np.random.default_rng(0)
+    with jax.enable_x64(True):
+        x, kernel = (jnp.asarray(rng.normal(size=s)) for s in ((2, 9, 8, 130), (k, k, 130, 130)))
+        dy = jnp.asarray(rng.normal(size=(2, -(-9 // stride), -(-8 // stride), 130)))
+
+        def gradients(way):
+            def loss(x, kernel):
+                return (layers.convolve(x, kernel, stride, dilation, 1, way) * dy).sum()
+
+            return jax.grad(loss, (0, 1))(x, kernel)
+
+        plain = gradients("compiler")
+        for way in ("taps", "columns", ""):
+            for expected, found in zip(plain, gradients(way), strict=True):
+                scale = np.abs(expected).max()
+                np.testing.assert_allclose(found, expected, rtol=0, atol=1e-13 * scale)

@@ -104,12 +104,8 @@ class Conv(nn.Module):
         x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
         if self.valid_sizes is not None and self.kernel > 1:
             x = zero_beyond(x, self.valid_sizes(x.shape[1:3]))
-        if self.kernel == 1 and self.groups == 1:
-            x = x[:, :: self.stride, :: self.stride]
-            y = jax.lax.dot_general(x, kernel[0, 0], (((3,), (0,)), ((), ())))
-        else:
-            how: Any = (self.stride, self.dilation, self.groups)
-            y: Any = convolve(x, kernel, *how)
+        how: Any = (self.stride, self.dilation, self.groups)
+        y: Any = convolve(x, kernel, *how)
         if bias is not None:
             y = y + bias.astype(self.dtype)[None, None, None]
         return y
@@ -129,18 +125,23 @@ def convolve(
 ) -> jax.Array:
     """x [B, H, W, C] and kernel [k, k, C / groups, D] -> [B, ceil(H / s), ceil(W / s), D].
 
-    weight_gradient: how the kernel's gradient is computed; the same sums in other orders.
-      "compiler": as the convolution that XLA makes of it.
-      "taps": k * k matrix products, of the input as each position of the kernel reads it.
+    A 1x1 kernel is a matrix product. weight_gradient: how the kernel's gradient is computed; the
+    same sums in other orders.
+      "compiler": as XLA makes it of the convolution or product.
+      "taps": k * k matrix products an image, of the input as each position of the kernel reads it.
       "columns": one matrix product of these inputs side by side.
-      "": what was fastest (docs/performance.md): "columns" on GPUs where dilation > 1, for XLA
-        knows no kernel of cuDNN for these; else "compiler".
+      "": what was fastest on the platform (docs/performance.md). On GPUs "columns" where
+        dilation > 1, for XLA knows no kernel of cuDNN for these. On CPUs "taps", whose products
+        read memory in its order where XLA's own transpose it first, but for small 3x3 kernels.
     """
     del weight_gradient
     return _plain_convolve(x, kernel, stride, dilation, groups)
 
 
 def _plain_convolve(x, kernel, stride, dilation, groups):
+    if kernel.shape[0] == 1 and groups == 1:
+        x = x[:, ::stride, ::stride]
+        return jax.lax.dot_general(x, kernel[0, 0], (((3,), (0,)), ((), ())))
     pad = dilation * (kernel.shape[0] - 1) // 2
     return jax.lax.conv_general_dilated(
         x,
@@ -161,11 +162,29 @@ def _convolve_backward(stride, dilation, groups, weight_gradient, saved, dy):
     x, kernel = saved
     plain = functools.partial(_plain_convolve, stride=stride, dilation=dilation, groups=groups)
     (dx,) = jax.vjp(lambda x: plain(x, kernel), x)[1](dy)
-    if not weight_gradient:
-        on_gpu = jax.default_backend() == "gpu"
-        weight_gradient = "columns" if on_gpu and dilation > 1 else "compiler"
-    if weight_gradient == "compiler" or groups > 1:
-        return dx, jax.vjp(lambda k: plain(x, k), kernel)[1](dy)[0]
+
+    def gradient(way):
+        return functools.partial(_weight_gradient, way, plain, stride, dilation)
+
+    if weight_gradient or groups > 1:
+        return dx, gradient(weight_gradient or "compiler")(x, kernel, dy)
+    k, _, channels, features = kernel.shape
+    few = k > 1 and channels * features < 128**2
+    dk = jax.lax.platform_dependent(
+        x,
+        kernel,
+        dy,
+        cpu=gradient("compiler" if few else "taps"),
+        cuda=gradient("columns" if dilation > 1 else "compiler"),
+        rocm=gradient("columns" if dilation > 1 else "compiler"),
+        default=gradient("compiler"),
+    )
+    return dx, dk
+
+
+def _weight_gradient(way, plain, stride, dilation, x, kernel, dy):
+    if way == "compiler":
+        return jax.vjp(lambda k: plain(x, k), kernel)[1](dy)[0]
     k, pad = kernel.shape[0], dilation * (kernel.shape[0] - 1) // 2
     padded = jnp.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
     ends = [stride * (n - 1) + 1 for n in dy.shape[1:3]]
@@ -174,12 +193,21 @@ def _convolve_backward(stride, dilation, groups, weight_gradient, saved, dy):
         for i in range(0, k * dilation, dilation)
         for j in range(0, k * dilation, dilation)
     ]
+    if way == "taps":
+        images, wide = len(x), parameter_dtype(x.dtype)
+
+        def cells(values):
+            return values.reshape(images, -1, values.shape[-1])
+
+        products = [
+            jnp.einsum("bnc,bnd->bcd", cells(tap), cells(dy), preferred_element_type=wide)
+            for tap in read
+        ]
+        taps = jnp.stack([product.sum(0) for product in products])
+        return taps.reshape(kernel.shape).astype(kernel.dtype)
     over_cells = (((0, 1, 2), (0, 1, 2)), ((), ()))
-    if weight_gradient == "taps":
-        taps = [jax.lax.dot_general(tap, dy, over_cells) for tap in read]
-        return dx, jnp.stack(taps).reshape(kernel.shape)
     columns = jnp.concatenate(read, -1)
-    return dx, jax.lax.dot_general(columns, dy, over_cells).reshape(kernel.shape)
+    return jax.lax.dot_general(columns, dy, over_cells).reshape(kernel.shape)
 
 
 convolve.defvjp(_convolve_forward, _convolve_backward)
