@@ -19,10 +19,10 @@ def get_config():
 def get_variants():
     aspp = parts("none", "aspp", output_stride=16, context_width=64)  # as wide as the demo's DLC
     return [
-        Variant("fcn", parts("none", "none"), 3, "classifier on layer4"),
-        Variant("deeplabv3", aspp, 3, "at 1/16"),
-        Variant("duc_dlc", parts("duc", "dlc"), 3, "the paper's network"),
-        Variant("bilinear_dlc", parts("bilinear", "dlc"), 3, "without the guidance"),
+        Variant("fcn", parts("none", "none"), 5, "classifier on layer4"),
+        Variant("deeplabv3", aspp, 5, "at 1/16"),
+        Variant("duc_dlc", parts("duc", "dlc"), 5, "the paper's network"),
+        Variant("bilinear_dlc", parts("bilinear", "dlc"), 5, "without the guidance"),
     ]
 
 

@@ -245,20 +245,27 @@ def validate(config: ml_collections.ConfigDict) -> None:
 def find(path: str) -> str:
     """`path`, or the configuration of that name that comes with the package.
 
+    What follows a colon is left there: `configs/paper.py:ade20k_r101`, the argument of get_config.
+
     Raises ConfigError, with the names that exist, where there is neither.
     """
     package = Path(__file__).parent
     folders = [package / "configs", package.parent / "configs"]
-    for candidate in [Path(path), *(folder / Path(path).name for folder in folders)]:
+    file, colon, argument = path.partition(":")
+    for candidate in [Path(file), *(folder / Path(file).name for folder in folders)]:
         if candidate.is_file():
-            return str(candidate)
+            return f"{candidate}{colon}{argument}"
     names = sorted({f"configs/{p.name}" for folder in folders for p in folder.glob("*.py")})
     raise ConfigError(f"no configuration file {path}; with the package come {', '.join(names)}")
 
 
 def load(path: str) -> ml_collections.ConfigDict:
-    """The configuration that the file's `get_config` returns, validated."""
-    config = runpy.run_path(find(path))["get_config"]()
+    """The configuration that the file's `get_config` returns, validated.
+
+    It gets what follows a colon: `configs/paper.py:ade20k_r101`.
+    """
+    file, colon, argument = find(path).partition(":")
+    config = runpy.run_path(file)["get_config"](*([argument] if colon else []))
     validate(config)
     return config
 

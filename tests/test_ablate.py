@@ -48,6 +48,16 @@ def test_the_packaged_grid_asks_the_question_first():
     assert len({(c.train.to_json(), c.data.to_json(), c.optimizer.to_json()) for c in configs}) == 1
 
 
+def test_the_reduced_protocol_is_the_first_five_of_the_full_one():
+    full, small = (grid.load(f"configs/ablation_camvid{x}.py") for x in ("", "_small"))
+    assert [v.name for v in small.variants] == ["fcn", "bilinear", "duc", "dlc", "duc_dlc"]
+    assert [v.changes for v in small.variants] == [v.changes for v in full.variants[:5]]
+    assert [v.seeds for v in small.variants] == [3] * 5
+    assert small.comparisons == full.comparisons[:6]
+    config = config_lib.load("configs/ablation_camvid_small.py")
+    assert config.train.steps * config.train.batch_size == 2720
+
+
 def test_runs_go_variant_by_variant():
     names = [run.name for run in grid.runs(TWO)]
     assert names == ["fcn-seed0", "fcn-seed1", "duc_dlc-seed0"]

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from duc_dlc_jax.ablate.results import Results
 
 SIZE, DPI = (7.0, 4.5), 150  # inches, dots per inch
-GAPS = {"wspace": 0.04, "hspace": 0.04}  # between crops, in their sides
 
 
 def write(table: Table, folder: Path, results: Results) -> list[tuple[str, str]]:
@@ -71,10 +70,10 @@ def _coloured(path: Path) -> list[np.ndarray]:
 
 def _crops(axes: Any, masks: dict[str, list[np.ndarray]], titles: dict[str, str]) -> None:
     """A row per crop, a column per network, side by side in one picture."""
-    axes.remove()
     figure, count = axes.figure, len(masks["label"])
+    axes.remove()
     figure.set_size_inches(1.25 * len(masks) + 0.3, 1.25 * count + 0.3)
-    grid = figure.subplots(count, len(masks), squeeze=False, gridspec_kw=GAPS)
+    grid = figure.subplots(count, len(masks), squeeze=False)
     for column, (name, squares) in enumerate(masks.items()):
         grid[0, column].set_title(titles[name], fontsize=8)
         for row, square in enumerate(squares):

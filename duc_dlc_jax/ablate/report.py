@@ -76,8 +76,9 @@ class Table:
         return [c for c in self.grid.comparisons if c[0] in self.runs and c[1] in self.runs]
 
     def asked_about(self) -> list[str]:
-        """The variants that the grid's questions are about, or all."""
-        return list(dict.fromkeys(n for c in self.comparisons() for n in c[:2])) or list(self.runs)
+        """The variants that the grid's questions are about, or all, in the grid's order."""
+        asked = {name for question in self.comparisons() for name in question[:2]}
+        return [name for name in self.runs if name in asked] or list(self.runs)
 
     def crops(self, name: str) -> dict[int, list[float]]:
         """Seed -> boundary IoU of each crop, of runs that have them; NaN: all ignored."""
@@ -310,10 +311,10 @@ def _crops(table: Table) -> str:
     for (a, b, question), difference, verdict in zip(
         asked, differences, verdicts(differences), strict=True
     ):
-        more = int(np.sum(means[b] > means[a]))
+        more, seeds = int(np.sum(means[b] > means[a])), len(difference.values)
         parts += [""] * (not parts[-1].startswith("- ")) + [
             f"- `{b}` - `{a}` ({question}): higher in {more} of {len(first)} crops; mean over the "
-            f"crops {_interval(difference)} points over {len(difference.values)} seeds, {verdict}."
+            f"crops {_interval(difference)} points, {seeds} seed{'s' * (seeds != 1)}, {verdict}."
         ]
     return "\n".join(parts)
 

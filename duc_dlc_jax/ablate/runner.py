@@ -134,7 +134,7 @@ class Trainer:
                 window.append(metrics["loss"])
                 last = step == self._steps
                 evaluating = last or _every(config.train.eval_every, step)
-                saving = saved and not last and _every(config.train.checkpoint_every, step)
+                saving = not last and _every(config.train.checkpoint_every, step)
                 if evaluating or saving or step % LOSSES_EVERY == 0:
                     course.add(jax.device_get(window), step)
                     window = []
@@ -144,7 +144,7 @@ class Trainer:
                     with course.spent("evaluate"):
                         scores, shown = self._scores(state, last)
                     course.point(step, scores)
-                if saving:
+                if saving and saved:
                     with course.spent("save"):
                         course.seconds["total"] = time.monotonic() - begin
                         position, notes = step * config.train.batch_size, dataclasses.asdict(course)
