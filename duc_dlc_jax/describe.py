@@ -36,10 +36,6 @@ def _traced(model: segmenter.Segmenter) -> Any:
     return jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 64, 64, 3), jnp.uint8))
 
 
-# Tracing a deep network takes a second. Any: pyright takes Flax's modules for unhashable.
-_shapes: Any = functools.lru_cache(maxsize=16)(_traced)
-
-
 def parameters(model: segmenter.Segmenter) -> dict[str, int]:
     """Number of parameters per part: backbone, upsampling, context, classifier (and aux_*)."""
     return {
@@ -64,6 +60,10 @@ def convolutions(model: segmenter.Segmenter, height: int, width: int) -> list[Co
 
     (Those of g(I) are on the whole image; what `DUC` computes instead is in `benchmark.floor`.)
     """
+    return list(_convolutions(model, height, width))
+
+
+def _noted(model: segmenter.Segmenter, height: int, width: int) -> tuple[Convolution, ...]:
     found = []
 
     def note(call, args, kwargs, context):
@@ -83,10 +83,15 @@ def convolutions(model: segmenter.Segmenter, height: int, width: int) -> list[Co
         return output
 
     image = jax.ShapeDtypeStruct((1, height, width, 3), jnp.uint8)
-    variables = _shapes(model)
+    variables = _shapes(model)  # before: nothing of it is to be noted
     with nn.intercept_methods(note):
         jax.eval_shape(model.apply, variables, image)
-    return found
+    return tuple(found)
+
+
+# Tracing a deep network takes a second. Any: pyright takes Flax's modules for unhashable.
+_shapes: Any = functools.lru_cache(maxsize=16)(_traced)
+_convolutions: Any = functools.lru_cache(maxsize=16)(_noted)
 
 
 def macs(model: segmenter.Segmenter, height: int, width: int) -> dict[str, int]:

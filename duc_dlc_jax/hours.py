@@ -11,7 +11,6 @@ evaluations, checkpoints and a slow input are not in it. Devices without a timed
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any
 
 import ml_collections
@@ -43,7 +42,6 @@ class Measured:
         shape = f"{self.side} pixels, {self.classes} classes, {self.dtype}, batch {self.batch}"
         return f"{self.device}, {shape}"
 
-    @functools.cache  # noqa: B019 - of the few in MEASURED
     def gmacs(self) -> float:
         model = config_lib.default().model
         return gmacs(segmenter.create(model, self.classes), (self.side, self.side))

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 from typing import ClassVar
 
@@ -24,7 +25,7 @@ from duc_dlc_jax.config import ConfigError
 from duc_dlc_jax.data.labels import IGNORE, label_spec
 from duc_dlc_jax.train import train
 from networks import NARROW, jit
-from runs import tiny_config
+from runs import TINY, environment, run, tiny_config
 
 pytestmark = pytest.mark.commands
 
@@ -295,6 +296,43 @@ def test_a_run_that_was_cut_off_goes_on_with_the_same_bits(trained, tmp_path, mo
         assert result[name] == trained.results[1][name]
     assert result["seconds"]["save"] > 0
     assert workdirs.load(tmp_path).step == 3
+
+
+@pytest.mark.fault
+def test_a_killed_grid_goes_on_with_the_same_bits(scenes_dir, tmp_path):
+    """SIGKILL as soon as a new checkpoint is there, twice, against a grid that is left alone."""
+    path = tmp_path / "mine.py"
+    fields = TINY | {"data.dir": str(scenes_dir), "train.steps": 40, "train.eval_every": 20}
+    path.write_text(
+        "from duc_dlc_jax import config as base\n"
+        "from duc_dlc_jax.ablate.grid import Variant\n\n\n"
+        "def get_config():\n    config = base.default()\n"
+        f"    config.update_from_flattened_dict({fields!r})\n    return config\n\n\n"
+        "def get_variants():\n    return [Variant('a', {}, 1)]\n"
+    )
+
+    def command(workdir):
+        words = [sys.executable, "-m", "duc_dlc_jax.ablate", f"--config={path}"]
+        return [*words, f"--workdir={workdir}"]
+
+    killed, alone = tmp_path / "killed", tmp_path / "alone"
+    for _ in range(2):
+        seen = set((killed / "unfinished" / "a-seed0" / "checkpoints").glob("[0-9]*"))
+        process = subprocess.Popen(command(killed), env=environment())
+        while set((killed / "unfinished" / "a-seed0" / "checkpoints").glob("[0-9]*")) <= seen:
+            assert process.poll() is None, "it ended before it was killed"
+            time.sleep(0.02)
+        process.kill()
+        process.wait()
+    for workdir in (killed, alone):
+        result = run(command(workdir))
+        assert ("going on from step" in result.stderr) == (workdir == killed)
+    first, second = (Results(workdir).all()[0] for workdir in (killed, alone))
+    for name in ("curve", "val", "crops"):
+        assert first[name] == second[name]
+    masks = [Results(workdir).masks("a-seed0").read_bytes() for workdir in (killed, alone)]
+    assert masks[0] == masks[1]
+    assert not (killed / "unfinished" / "a-seed0").exists()
 
 
 def test_the_masks_are_the_crops_of_the_labels_and_predictions(trained, scenes_dir):
