@@ -150,25 +150,32 @@ class Trainer:
                         position, notes = step * config.train.batch_size, dataclasses.asdict(course)
                         saved.save(state, position, config, notes=notes)
                 progress.pause(time.monotonic() - start)
-        total = time.monotonic() - begin
+        course.seconds["total"] = time.monotonic() - begin
         if files.weights:
             _save(files.weights, state.variables())
         if files.masks:
             self._write_masks(files.masks, shown)
         if not self._rates:
             self._rates = self._measure(state, batch, key)
-        seconds = course.seconds | {"total": 0.0}
-        size, classes = self._data.val.size(0), self._data.val.spec.num_classes
+        return self._result(config, course, scores, shown)
+
+    def _result(self, config, course: Course, scores, shown: dict[int, Any]) -> dict[str, Any]:
+        """What a run's file holds."""
+        val, size = self._data.val, self._data.val.size(0)
+        others = sum(value for name, value in course.seconds.items() if name != "total")
         return {
             "seed": config.seed,
             "config": config.to_dict(),
             "steps": self._steps,
-            "images": [len(self._data.train), len(self._data.val)],
+            "images": [len(self._data.train), len(val)],
             "hardware": hardware(),
-            "seconds": seconds | {"train": total - sum(seconds.values()), "total": total},
+            "seconds": course.seconds | {"train": course.seconds["total"] - others},
             "curve": course.curve,
-            "val": evaluate.summary(scores, self._data.val.spec),
-            "crops": [crops.scored(crop, shown[crop.record], classes) for crop in self._data.crops],
+            "val": evaluate.summary(scores, val.spec),
+            "crops": [
+                crops.scored(crop, shown[crop.record], val.spec.num_classes)
+                for crop in self._data.crops
+            ],
             "parameters": describe.parameters(self._model),
             "macs": describe.macs(self._model, *size),
             "macs_image": list(size),
