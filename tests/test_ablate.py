@@ -298,7 +298,6 @@ def test_a_run_that_was_cut_off_goes_on_with_the_same_bits(trained, tmp_path, mo
     assert workdirs.load(tmp_path).step == 3
 
 
-@pytest.mark.fault
 def test_a_killed_grid_goes_on_with_the_same_bits(scenes_dir, tmp_path):
     """SIGKILL as soon as a new checkpoint is there, twice, against a grid that is left alone."""
     path = tmp_path / "mine.py"

@@ -178,8 +178,8 @@ def _head(table: Table, command: str) -> str:
 
 def _main_table(table: Table) -> str:
     head = ["variant", "upsampling, context", "grid of context", "seeds", *SCORES]
-    head += ["parameters", "GMACs", "train images/s", "label images/s", "step memory"]
-    rows = []
+    timed, rows = any(table.rates(name) for name in table.runs), []
+    head += ["parameters", "GMACs", *["train images/s", "label images/s"] * timed, "step memory"]
     for name, runs in table.runs.items():
         model, rates = runs[0]["config"]["model"], table.rates(name)
         values = [list(table.scores(name, score).values()) for score in SCORES]
@@ -192,23 +192,20 @@ def _main_table(table: Table) -> str:
                 *(_spread(v) for v in values),
                 f"{sum(runs[0]['parameters'].values()):,}",
                 f"{table.gmacs(name):.1f}",
-                *(f"{rates[k]:.0f}" if k in rates else "" for k in ("train", "label")),
+                *[f"{rates[k]:.0f}" if k in rates else "" for k in ("train", "label")] * timed,
                 f"{max(r['step_bytes_per_device'] for r in runs) / 2**30:.1f} GiB",
             ]
         )
     size = "x".join(map(str, next(iter(table.runs.values()))[0]["macs_image"]))
-    return "\n".join(
-        [
-            "## Scores and costs",
-            "",
-            "Mean ± standard deviation over the seeds. GMACs: multiply-adds of the convolutions "
-            f"for an image of {size}. Rates are those of {table.device}: of the training step on a "
-            "batch that stays there, and of labelling images from the host. Memory is what the "
-            "compiled training step needs.",
-            "",
-            _rows(head, rows),
-        ]
+    said = (
+        f"Rates are those of {table.device}: of the training step on a batch that stays there, and "
+        "of labelling images from the host. "
     )
+    text = (
+        "Mean ± standard deviation over the seeds. GMACs: multiply-adds of the convolutions for an "
+        f"image of {size}. {said * timed}Memory is what the compiled training step needs."
+    )
+    return "\n".join(["## Scores and costs", "", text, "", _rows(head, rows)])
 
 
 def _spread(values: Sequence[float]) -> str:
