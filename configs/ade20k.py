@@ -2,8 +2,8 @@
 
 Command   python -m duc_dlc_jax.main --config=configs/ade20k.py --workdir=runs/ade20k
 Data      python -m duc_dlc_jax.data.prepare --dataset=ade20k --raw_dir=DIR --data_dir=data
-Hardware  8 accelerators with 16 GB or more; not run by us, so no hours are given
-Score     the paper, ResNet-50, single scale: 43.82 mIoU, 81.23 PA; not measured here
+Hardware  8 accelerators with 16 GB or more; not run by us; predicted hours: docs/results/paper.md
+Score     the paper's in docs/results/paper.md; not measured here
 """
 
 from duc_dlc_jax import config as base

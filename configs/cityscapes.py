@@ -2,8 +2,8 @@
 
 Command   python -m duc_dlc_jax.main --config=configs/cityscapes.py --workdir=runs/cityscapes
 Data      python -m duc_dlc_jax.data.prepare --dataset=cityscapes --raw_dir=DIR --data_dir=data
-Hardware  8 accelerators with 40 GB or more; not run by us, so no hours are given
-Score     the paper: 83.3 mIoU on the test server with ResNet-101 and multi-scale; not measured here
+Hardware  8 accelerators with 40 GB or more; not run by us; predicted hours: docs/results/paper.md
+Score     the paper's, of the test server, in docs/results/paper.md; not measured here
 """
 
 from duc_dlc_jax import config as base

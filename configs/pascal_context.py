@@ -3,8 +3,8 @@
 Command   python -m duc_dlc_jax.main --config=configs/pascal_context.py --workdir=runs/pascal
           60 classes, background counted: --config.data.name=pascal_context_60
 Data      python -m duc_dlc_jax.data.prepare --dataset=pascal_context --raw_dir=DIR --data_dir=data
-Hardware  8 accelerators with 16 GB or more; not run by us, so no hours are given
-Score     the paper: 56.10 mIoU, 81.62 PA (depth and scales not stated); not measured here
+Hardware  8 accelerators with 16 GB or more; not run by us; predicted hours: docs/results/paper.md
+Score     the paper's in docs/results/paper.md; not measured here
 """
 
 from duc_dlc_jax import config as base

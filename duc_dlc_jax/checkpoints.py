@@ -21,6 +21,7 @@ from orbax.checkpoint import checkpoint_managers
 
 from duc_dlc_jax.config import ConfigError
 from duc_dlc_jax.errors import CheckpointError
+from duc_dlc_jax.sharding import shapes
 from duc_dlc_jax.train_step import TrainState
 
 SCORE = "final_score"
@@ -110,8 +111,15 @@ class Checkpoints:
 
     def position(self, step: int) -> int:
         """Training images consumed until the checkpoint."""
+        return self._data(step)["position"]
+
+    def notes(self, step: int) -> dict[str, Any]:
+        """What was saved beside the state."""
+        return self._data(step)["notes"]
+
+    def _data(self, step: int) -> dict[str, Any]:
         data = ocp.args.Composite(data=ocp.args.JsonRestore())
-        return self._manager.restore(step, args=data)["data"]["position"]
+        return self._manager.restore(step, args=data)["data"]
 
     def latest_step(self) -> int | None:
         return self._manager.latest_step()
@@ -131,14 +139,16 @@ class Checkpoints:
         position: int,
         config: ml_collections.ConfigDict,
         metrics: dict[str, float] | None = None,
+        notes: dict[str, Any] | None = None,
     ) -> None:
         """Saves at `state.step`. position: training images consumed, over all epochs and hosts.
 
-        One of the same step is replaced. Raises CheckpointError where this or the save before it
-        cannot be written.
+        notes: JSON that `notes` reads back. A checkpoint of the same step is replaced.
+
+        Raises CheckpointError where this or the save before it cannot be written.
         """
         step = int(state.step)
-        data = {"position": position, "checksums": checksums(state)}
+        data = {"position": position, "checksums": checksums(state), "notes": notes or {}}
         try:
             self._manager.wait_until_finished()
             if step in self._manager.all_steps():
@@ -265,10 +275,7 @@ class Checkpoints:
         return {name: np.asarray(x) for name, x in named(self._as_saved(step, device)).items()}
 
     def _as_saved(self, step: int, sharding: jax.sharding.Sharding) -> dict[str, Any]:
-        def struct(x):
-            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-
-        like = jax.tree.map(struct, self._metadata(step))
+        like = shapes(self._metadata(step), sharding)
         return self._read(step, state=ocp.args.StandardRestore(like))["state"]
 
     def _metadata(self, step: int) -> dict[str, Any]:

@@ -88,9 +88,16 @@ def _parse(argv: list[str]) -> list[str]:
                 _check_field(word)
         return flags.FLAGS(argv)
     except flags.Error as error:
-        fail(error)
+        fail(_own(error))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         fail(config_lib.ConfigError(str(error).strip('"')))
+
+
+def _own(error: Exception) -> Exception:
+    """The ConfigError of a configuration file, which ml_collections hides below its traceback."""
+    name = f"{config_lib.ConfigError.__module__}.{config_lib.ConfigError.__name__}: "
+    _, found, message = str(error).rpartition(name)
+    return config_lib.ConfigError(message.strip()) if found else error
 
 
 def _check_field(word: str) -> None:

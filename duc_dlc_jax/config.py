@@ -242,23 +242,39 @@ def validate(config: ml_collections.ConfigDict) -> None:
         raise ConfigError("train.steps and train.epochs are both 0: set one of them")
 
 
+def split_argument(path: str) -> tuple[str, list[str]]:
+    """A file of a configuration, and the argument of its get_config if there is one.
+
+    Folders may have colons in their names, as times of day have.
+    """
+    stem, found, argument = path.partition(".py:")
+    return (f"{stem}.py", [argument]) if found else (path, [])
+
+
 def find(path: str) -> str:
     """`path`, or the configuration of that name that comes with the package.
+
+    What follows a colon is left there: `configs/paper.py:ade20k_r101`, the argument of get_config.
 
     Raises ConfigError, with the names that exist, where there is neither.
     """
     package = Path(__file__).parent
     folders = [package / "configs", package.parent / "configs"]
-    for candidate in [Path(path), *(folder / Path(path).name for folder in folders)]:
+    file, argument = split_argument(path)
+    for candidate in [Path(file), *(folder / Path(file).name for folder in folders)]:
         if candidate.is_file():
-            return str(candidate)
+            return ":".join([str(candidate), *argument])
     names = sorted({f"configs/{p.name}" for folder in folders for p in folder.glob("*.py")})
     raise ConfigError(f"no configuration file {path}; with the package come {', '.join(names)}")
 
 
 def load(path: str) -> ml_collections.ConfigDict:
-    """The configuration that the file's `get_config` returns, validated."""
-    config = runpy.run_path(find(path))["get_config"]()
+    """The configuration that the file's `get_config` returns, validated.
+
+    It gets what follows a colon: `configs/paper.py:ade20k_r101`.
+    """
+    file, argument = split_argument(find(path))
+    config = runpy.run_path(file)["get_config"](*argument)
     validate(config)
     return config
 

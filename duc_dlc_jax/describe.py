@@ -2,16 +2,16 @@
 
 Everything is computed from shapes; nothing is compiled and no data set is needed. With
 `--devices=64` or `--topology=v5e:4x4` the training step is compiled for these devices, which need
-not be there: `forecast`.
+not be there: `forecast`. `--hours` says how long the training takes by steps that were timed.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 from collections import defaultdict
-from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -21,7 +21,7 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-from duc_dlc_jax import cli, forecast
+from duc_dlc_jax import cli, forecast, hours
 from duc_dlc_jax import config as config_lib
 from duc_dlc_jax import optimizer as optimizers
 from duc_dlc_jax.data.records import find_spec
@@ -31,12 +31,16 @@ from duc_dlc_jax.models.layers import Conv
 from duc_dlc_jax.train_step import create_state
 
 
+def _traced(model: segmenter.Segmenter) -> Any:
+    """The shapes of its variables."""
+    return jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 64, 64, 3), jnp.uint8))
+
+
 def parameters(model: segmenter.Segmenter) -> dict[str, int]:
     """Number of parameters per part: backbone, upsampling, context, classifier (and aux_*)."""
-    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 64, 64, 3), jnp.uint8))
     return {
         part: sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
-        for part, tree in shapes["params"].items()
+        for part, tree in _shapes(model)["params"].items()
     }
 
 
@@ -56,6 +60,10 @@ def convolutions(model: segmenter.Segmenter, height: int, width: int) -> list[Co
 
     (Those of g(I) are on the whole image; what `DUC` computes instead is in `benchmark.floor`.)
     """
+    return list(_convolutions(model, height, width))
+
+
+def _noted(model: segmenter.Segmenter, height: int, width: int) -> tuple[Convolution, ...]:
     found = []
 
     def note(call, args, kwargs, context):
@@ -75,10 +83,15 @@ def convolutions(model: segmenter.Segmenter, height: int, width: int) -> list[Co
         return output
 
     image = jax.ShapeDtypeStruct((1, height, width, 3), jnp.uint8)
-    variables = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 64, 64, 3), jnp.uint8))
+    variables = _shapes(model)  # before: nothing of it is to be noted
     with nn.intercept_methods(note):
         jax.eval_shape(model.apply, variables, image)
-    return found
+    return tuple(found)
+
+
+# Tracing a deep network takes a second. Any: pyright takes Flax's modules for unhashable.
+_shapes: Any = functools.lru_cache(maxsize=16)(_traced)
+_convolutions: Any = functools.lru_cache(maxsize=16)(_noted)
 
 
 def macs(model: segmenter.Segmenter, height: int, width: int) -> dict[str, int]:
@@ -176,13 +189,14 @@ def main(_) -> None:
     config_lib.validate(args.config)
     if args.devices:
         what = f"{args.devices} devices"
-        make = partial(forecast.on_cpu_devices, args.config, args.devices)
+        make = functools.partial(forecast.on_cpu_devices, args.config, args.devices)
     elif args.topology:
         what = args.topology + " with full effort" * args.full_effort
-        make = partial(forecast.on_topology, args.config, args.topology, args.full_effort)
+        make = functools.partial(forecast.on_topology, args.config, args.topology, args.full_effort)
     else:
-        figures = describe(args.config)
-        print(json.dumps(figures, indent=1) if args.json else text(figures))
+        figures = hours.predict(args.config) if args.hours else describe(args.config)
+        shown = hours.text if args.hours else text
+        print(json.dumps(figures, indent=1) if args.json else shown(figures))
         return
     figures = forecast.cached(args.config, what, make)
     print(json.dumps(figures, indent=1) if args.json else forecast.text(figures))
@@ -193,6 +207,7 @@ if __name__ == "__main__":
     flags.DEFINE_bool("json", False, "Print JSON.")
     flags.DEFINE_integer("devices", 0, "FLOPs and collectives on so many devices.")
     flags.DEFINE_string("topology", "", "Memory, time and efficiency on a TPU slice: v5e:4x4.")
+    flags.DEFINE_bool("hours", False, "Hours of the training on devices whose step was timed.")
     flags.DEFINE_bool("full_effort", False, "Compile for --topology as for running: slow.")
     flags.mark_flags_as_required(["config"])
     cli.run(main)

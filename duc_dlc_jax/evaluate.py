@@ -276,7 +276,8 @@ def write_json(path: Path, run: workdirs.Run, results: dict[str, dict[str, Any]]
     """The summary of one protocol; of several, each under its name in `protocols`."""
     summaries = {name: summary(scores, run.spec) for name, scores in results.items()}
     figures = {"protocols": summaries} if len(results) > 1 else next(iter(summaries.values()))
-    path.write_text(json.dumps({"step": run.step, **figures}, indent=1) + "\n")
+    written = {"step": run.step, **figures, "config": run.config.to_dict()}
+    path.write_text(json.dumps(written, indent=1) + "\n")
 
 
 if __name__ == "__main__":

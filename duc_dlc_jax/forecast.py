@@ -103,7 +103,7 @@ def _compiled(config, devices: Sequence[Any], options: dict | None = None) -> di
 
     everywhere = sharding.replicated(mesh)
     state = jax.eval_shape(lambda: create_state(model, optimizer, config))
-    state = jax.tree.map(lambda x: struct(x.shape, x.dtype, everywhere), state)
+    state = sharding.shapes(state, everywhere)
     data = {
         "image": struct((batch, *size, 3), jnp.uint8),
         "label": struct((batch, *size), jnp.uint8),

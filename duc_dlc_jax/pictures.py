@@ -39,9 +39,12 @@ def write_triples(folder: Path, examples: Sequence[dict[str, Any]], spec: LabelS
 
 
 def write_ids(path: Path, ids: np.ndarray, spec: LabelSpec) -> None:
-    """Train ids uint8 [H, W] as a palette PNG: pixel values are the ids, viewers show colours."""
+    """Train ids uint8 [H, W] as a palette PNG: pixel values are the ids, viewers show colours.
+
+    Ignored pixels are black.
+    """
     image = Image.fromarray(ids)
-    image.putpalette(np.asarray(spec.palette, np.uint8).tobytes())
+    image.putpalette(spec.colourise(np.arange(256, dtype=np.uint8)[None]).tobytes())
     image.save(path)
 
 

@@ -149,6 +149,11 @@ def jit_train_step(train_step: Callable, mesh: Mesh) -> Any:
     )
 
 
+def shapes(tree: Any, where: jax.sharding.Sharding) -> Any:
+    """Arrays, or what stands for them -> ShapeDtypeStructs placed there."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree)
+
+
 def local_copy(tree, mesh: Mesh):
     """A replicated tree of global arrays -> the same values on a mesh of this process's devices."""
     sharding = replicated(mesh)

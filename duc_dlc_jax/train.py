@@ -245,11 +245,7 @@ def _first_state(config, workdir, model, optimizer, saved, mesh, records) -> tup
     if saved.latest_step() is not None:
         for name, (old, new) in workdirs.changed_fields(workdir, config).items():
             logging.warning("resuming with %s=%r; the workdir was trained with %r", name, new, old)
-    like = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere),
-        jax.eval_shape(fresh),
-    )
-    if restored := saved.restore_latest(like):
+    if restored := saved.restore_latest(sharding.shapes(jax.eval_shape(fresh), everywhere)):
         logging.info("resuming from step %d in %s", int(restored[0].step), saved.directory)
         return restored
     variables = initial.variables(model, config, records)

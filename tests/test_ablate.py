@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 from typing import ClassVar
 
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
+from duc_dlc_jax import boundaries, sharding, workdirs
 from duc_dlc_jax import config as config_lib
-from duc_dlc_jax import sharding
-from duc_dlc_jax.ablate import grid, runner
+from duc_dlc_jax.ablate import crops, grid, runner
 from duc_dlc_jax.ablate.__main__ import listed, train_all
 from duc_dlc_jax.ablate.grid import Run, Variant, parts
-from duc_dlc_jax.ablate.results import Results
+from duc_dlc_jax.ablate.results import Files, Results
 from duc_dlc_jax.config import ConfigError
+from duc_dlc_jax.data.labels import IGNORE, label_spec
 from duc_dlc_jax.train import train
 from networks import NARROW, jit
-from runs import tiny_config
+from runs import TINY, environment, run, tiny_config
 
 pytestmark = pytest.mark.commands
 
@@ -43,6 +47,16 @@ def test_the_packaged_grid_asks_the_question_first():
     assert {u for u, _ in pairs} == set(config_lib.CHOICES["model.upsampling"])
     assert {c for _, c in pairs} == set(config_lib.CHOICES["model.context"])
     assert len({(c.train.to_json(), c.data.to_json(), c.optimizer.to_json()) for c in configs}) == 1
+
+
+def test_the_reduced_protocol_is_the_first_five_of_the_full_one():
+    full, small = (grid.load(f"configs/ablation_camvid{x}.py") for x in ("", "_small"))
+    assert [v.name for v in small.variants] == ["fcn", "bilinear", "duc", "dlc", "duc_dlc"]
+    assert [v.changes for v in small.variants] == [v.changes for v in full.variants[:5]]
+    assert [v.seeds for v in small.variants] == [3] * 5
+    assert small.comparisons == full.comparisons[:6]
+    config = config_lib.load("configs/ablation_camvid_small.py")
+    assert config.train.steps * config.train.batch_size == 2720
 
 
 def test_runs_go_variant_by_variant():
@@ -87,18 +101,23 @@ class FakeTrainer:
     """Writes down what it would train; `duc_dlc` fails, a run takes `seconds`."""
 
     made: ClassVar[list] = []
-    seconds = 0.0
+    seconds, cut_off = 0.0, False
     clock = SimpleNamespace(now=0.0)
 
     def __init__(self, config, data):
         self.made.append(config.model.context)
 
-    def run(self, config, weights):
+    def run(self, config, files):
         self.clock.now += self.seconds
+        if self.cut_off:
+            workdirs.write(files.unfinished, config, label_spec("scenes"))
+            (files.unfinished / "checkpoints" / "2").mkdir(parents=True)
+            raise KeyboardInterrupt
         if config.model.context == "dlc":
             raise RuntimeError("RESOURCE_EXHAUSTED: out of memory\nmore lines")
         val = {"mIoU": 0.5, "PA": 0.75, "boundary": {"mean_iou": 0.25}}
-        return {"seed": config.seed, "config": config.to_dict(), "val": val}
+        seconds = {"total": self.seconds}
+        return {"seed": config.seed, "config": config.to_dict(), "val": val, "seconds": seconds}
 
 
 @pytest.fixture
@@ -149,6 +168,26 @@ def test_runs_of_two_budgets_do_not_mix(fake, tmp_path):
         results.check(run, run.variant.config(base, 0))
 
 
+def test_a_run_that_was_cut_off_is_begun_and_keeps_its_budget(fake, tmp_path, monkeypatch):
+    results, base = Results(tmp_path), config_lib.default()
+    run = Run(TWO[0], 0)
+    monkeypatch.setattr(fake, "cut_off", True)
+    with pytest.raises(KeyboardInterrupt):
+        train_all(base, [run], results, float("inf"), False)
+    assert listed([run], results).split()[1] == "begun"
+    results.check(run, run.variant.config(base, 0))
+    other = base.copy_and_resolve_references()
+    other.train.epochs = 30.0
+    with pytest.raises(
+        ConfigError, match=r"unfinished/fcn-seed0 was run with train\.epochs=120\.0"
+    ):
+        results.check(run, run.variant.config(other, 0))
+    monkeypatch.setattr(fake, "cut_off", False)
+    train_all(base, [run], results, float("inf"), False)
+    assert results.done(run)
+    assert not (tmp_path / "unfinished" / run.name).exists()
+
+
 def test_a_file_is_whole_or_absent(tmp_path, monkeypatch):
     results, run = Results(tmp_path), Run(TWO[0], 0)
     monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -182,16 +221,19 @@ def trained(scenes_dir, tmp_path_factory):
         variant = Variant("bilinear", parts("bilinear", "none"))
         configs = [variant.config(base, seed) for seed in (0, 1)]
         trainer = runner.Trainer(configs[0], runner.Data(base.data))
-        weights = tmp_path_factory.mktemp("weights") / "bilinear.npz"
+        folder = tmp_path_factory.mktemp("files")
+        files = Files(masks=folder / "crops" / "a.png", weights=folder / "bilinear.npz")
         results = [
-            trainer.run(configs[0], weights),
+            trainer.run(configs[0], files),
             trainer.run(configs[1]),
             trainer.run(configs[0]),
         ]
         patch.setattr(sharding, "jit_train_step", with_the_key_as_data(seed=1))
         workdir = tmp_path_factory.mktemp("run")
         scores = train(configs[1], workdir)
-        yield SimpleNamespace(results=results, config=configs[1], weights=weights, scores=scores)
+        yield SimpleNamespace(
+            results=results, config=configs[1], files=files, scores=scores, trainer=trainer
+        )
 
 
 def test_a_run_is_the_training_run_of_its_configuration(trained):
@@ -225,11 +267,87 @@ def test_a_result_holds_what_the_tables_need(trained):
 
 
 def test_the_weights_are_the_final_network(trained):
-    with np.load(trained.weights) as saved:
+    with np.load(trained.files.weights) as saved:
         names = set(saved.files)
         assert all(np.isfinite(saved[name]).all() for name in names)
     assert "params/bilinear/low_conv/kernel" in names
     assert "batch_stats/bilinear/low_bn/mean" in names
+
+
+def test_a_run_that_was_cut_off_goes_on_with_the_same_bits(trained, tmp_path, monkeypatch):
+    """Saved after 3 of 4 steps, between two points of the curve."""
+    config = trained.config.copy_and_resolve_references()
+    config.train.checkpoint_every = 1
+    trainer, files, steps = trained.trainer, Files(unfinished=tmp_path), []
+    step = trainer._step
+
+    def stopping(*arguments):
+        steps.append(1)
+        if len(steps) == 4:
+            raise KeyboardInterrupt
+        return step(*arguments)
+
+    monkeypatch.setattr(trainer, "_step", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run(config, files)
+    result = trainer.run(config, files)
+    assert len(steps) == 4 + 1
+    for name in ("curve", "val", "crops"):
+        assert result[name] == trained.results[1][name]
+    assert result["seconds"]["save"] > 0
+    assert workdirs.load(tmp_path).step == 3
+
+
+def test_a_killed_grid_goes_on_with_the_same_bits(scenes_dir, tmp_path):
+    """SIGKILL as soon as a new checkpoint is there, twice, against a grid that is left alone."""
+    path = tmp_path / "mine.py"
+    fields = TINY | {"data.dir": str(scenes_dir), "train.steps": 40, "train.eval_every": 20}
+    path.write_text(
+        "from duc_dlc_jax import config as base\n"
+        "from duc_dlc_jax.ablate.grid import Variant\n\n\n"
+        "def get_config():\n    config = base.default()\n"
+        f"    config.update_from_flattened_dict({fields!r})\n    return config\n\n\n"
+        "def get_variants():\n    return [Variant('a', {}, 1)]\n"
+    )
+
+    def command(workdir):
+        words = [sys.executable, "-m", "duc_dlc_jax.ablate", f"--config={path}"]
+        return [*words, f"--workdir={workdir}"]
+
+    killed, alone = tmp_path / "killed", tmp_path / "alone"
+    for _ in range(2):
+        seen = set((killed / "unfinished" / "a-seed0" / "checkpoints").glob("[0-9]*"))
+        process = subprocess.Popen(command(killed), env=environment())
+        while set((killed / "unfinished" / "a-seed0" / "checkpoints").glob("[0-9]*")) <= seen:
+            assert process.poll() is None, "it ended before it was killed"
+            time.sleep(0.02)
+        process.kill()
+        process.wait()
+    for workdir in (killed, alone):
+        result = run(command(workdir))
+        assert ("going on from step" in result.stderr) == (workdir == killed)
+    first, second = (Results(workdir).all()[0] for workdir in (killed, alone))
+    for name in ("curve", "val", "crops"):
+        assert first[name] == second[name]
+    masks = [Results(workdir).masks("a-seed0").read_bytes() for workdir in (killed, alone)]
+    assert masks[0] == masks[1]
+    assert not (killed / "unfinished" / "a-seed0").exists()
+
+
+def test_the_masks_are_the_crops_of_the_labels_and_predictions(trained, scenes_dir):
+    val = runner.Data(tiny_config(scenes_dir).data).val
+    rows = trained.results[0]["crops"]
+    chosen = crops.choose(val)
+    masks = []
+    for path in (trained.files.masks.with_name("label.png"), trained.files.masks):
+        with Image.open(path) as image:
+            assert image.mode == "P"
+            masks.append(crops.split(np.asarray(image)))
+    for row, crop, label, prediction in zip(rows, chosen, *masks, strict=True):
+        assert row == {**dataclasses.asdict(crop), "boundary_iou": row["boundary_iou"]}
+        np.testing.assert_array_equal(label, crop.of(val[crop.record]["label"]))
+        found = boundaries.scores(boundaries.counts(label, prediction, val.spec.num_classes))
+        assert row["boundary_iou"] == pytest.approx(found["mean_iou"], abs=1e-6)
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(trained, scenes_dir, monkeypatch):
@@ -265,3 +383,54 @@ def test_without_questions_every_variant_is_compared_with_the_first():
     found = grid.load("configs/ablation_grids.py").comparisons
     assert found[0] == ("corners", "stride", "model.resize_grid=stride")
     assert [(a, b) for a, b, _ in found[1:]] == [("corners", "no_antialias")]
+
+
+# The crops
+
+
+class Labels:
+    """A split of labels alone, uint8 [H, W] each."""
+
+    def __init__(self, labels):
+        self._labels = labels
+
+    def __len__(self):
+        return len(self._labels)
+
+    def size(self, index):
+        return self._labels[index].shape
+
+    def __getitem__(self, index):
+        return {"label": self._labels[index], "name": str(index)}
+
+
+def test_the_crops_follow_from_order_and_labels_alone():
+    """Images 1, 4, 7, 10, 13, 16 of 18; the squares around a small object, by plain loops."""
+    rng = np.random.default_rng(0)
+    labels = [np.zeros((30, 48), np.uint8) for _ in range(18)]
+    for label in labels:
+        y, x = rng.integers(0, 24), rng.integers(0, 42)
+        label[y : y + 4, x : x + 4] = rng.integers(1, 4, (4, 4))
+        label[:, 20] = IGNORE
+    chosen = crops.choose(Labels(labels))
+    assert [crop.record for crop in chosen] == [1, 4, 7, 10, 13, 16]
+    for crop in chosen:
+        assert crop.side == 10
+        label = labels[crop.record]
+        counts = {}
+        for top in range(30 - 10 + 1):
+            for left in range(48 - 10 + 1):
+                inside = np.s_[top : top + 10, left : left + 10]
+                counts[top, left] = crops.outline(label)[inside].sum()
+        assert (crop.top, crop.left) == max(counts, key=lambda k: (counts[k], -k[0], -k[1]))
+        assert crop.of(label).shape == (10, 10)
+
+
+def test_an_outline_pixel_has_another_class_beside_it():
+    label = np.array([[0, 0, 1], [0, IGNORE, 1], [2, 2, 1]], np.uint8)
+    expected = np.array([[0, 1, 0], [1, 0, 0], [0, 1, 0]], bool)
+    np.testing.assert_array_equal(crops.outline(label), expected)
+
+
+def test_a_split_of_few_images_has_a_crop_of_each():
+    assert [c.record for c in crops.choose(Labels([np.eye(9, dtype=np.uint8)] * 2))] == [0, 1]

@@ -131,6 +131,16 @@ def test_packaged_files_are_found_from_anywhere(monkeypatch, tmp_path):
     assert config_lib.load("configs/demo.py").data.name == "scenes"
 
 
+def test_what_follows_a_colon_goes_to_the_file_and_folders_keep_theirs(tmp_path):
+    folder = tmp_path / "12:30"
+    folder.mkdir()
+    path = written(folder, "config.seed = 3")
+    assert config_lib.load(str(path)).seed == 3
+    path.write_text(path.read_text().replace("get_config()", "get_config(word)"))
+    path.write_text(path.read_text().replace("config.seed = 3", "config.data.name = word"))
+    assert config_lib.load(f"{path}:a:b").data.name == "a:b"
+
+
 def test_missing_data_end_at_once_with_the_folder_and_the_command(tmp_path):
     """As a stranger would meet it: the first command, in an empty folder, without data."""
     command = [sys.executable, "-m", "duc_dlc_jax.main", "--config=configs/cityscapes.py"]
@@ -162,8 +172,8 @@ def test_each_configuration_loads_and_says_how_it_runs(path):
     text = path.read_text()
     docstring = ast.get_docstring(ast.parse(text))
     module = "ablate" if "get_variants" in text else "main"
-    command = f"Command python -m duc_dlc_jax.{module} --config=configs/{path.name} --workdir="
-    assert command in " ".join(docstring.split())
+    command = rf"python -m duc_dlc_jax\.{module} --config=configs/{path.name}(:\w+)? --workdir="
+    assert re.search(rf"Command [\w -]*{command}", " ".join(docstring.split()))
     assert re.search(r"^Hardware  \S", docstring, re.MULTILINE)
     parent = re.search(r'base\.load\("(.+?)"\)', text)
     if parent:

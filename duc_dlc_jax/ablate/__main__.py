@@ -1,7 +1,8 @@
 """`python -m duc_dlc_jax.ablate --config=configs/ablation_camvid.py --workdir=DIR`.
 
 Trains every variant that the configuration's `get_variants` names, each with its seeds, in order,
-and writes `DIR/runs/NAME-seedN.json` when one ends; the same command goes on where it stopped.
+and writes `DIR/runs/NAME-seedN.json` when one ends; the same command goes on where it stopped,
+within a run from its last checkpoint.
 `--report` makes the tables and plots from these files.
 """
 
@@ -27,7 +28,8 @@ def listed(runs: list[grid.Run], results: Results) -> str:
     for run in runs:
         done, failure = results.done(run), results.failure(run)
         state = f"mIoU {done['val']['mIoU']:.4f}" if done else f"failed, {failure}" * bool(failure)
-        lines.append(f"{run.name:<28}{state or 'to do':<14}{grid.said(run.variant.changes)}")
+        state = state or ("begun" if results.begun(run) else "to do")
+        lines.append(f"{run.name:<28}{state:<14}{grid.said(run.variant.changes)}")
     return "\n".join(lines)
 
 
@@ -56,15 +58,14 @@ def train_all(config, runs: list[grid.Run], results: Results, limit: float, weig
             if name != current:
                 trainer, current = None, ""  # frees the last one's memory
                 trainer, current = runner.Trainer(own, data), name
-            path = results.folder.parent / "weights" / f"{run.name}.npz" if weights else None
-            result = trainer.run(own, path)
+            result = trainer.run(own, results.files(run, weights))
         except (RuntimeError, FloatingPointError) as error:  # XLA's errors are RuntimeErrors
             results.write_failure(run, error)
             print(f"{run.name} failed: {results.failure(run)}", flush=True)
             continue
         result = {"variant": name, "note": run.variant.note, **result}
         results.write(run, result | {"changes": dict(run.variant.changes)})
-        longest[name] = time.monotonic() - begin
+        longest[name] = max(time.monotonic() - begin, result["seconds"]["total"])
         val = result["val"]
         print(
             f"{run.name}: mIoU {val['mIoU']:.4f}  PA {val['PA']:.4f}  boundary IoU "

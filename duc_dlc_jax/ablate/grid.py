@@ -80,7 +80,7 @@ def load(path: str) -> Grid:
     Without the second every variant is compared with the first one. Raises ConfigError where the
     file has no variants, two of one name, or a question about others.
     """
-    path = config_lib.find(path)
+    path, _ = config_lib.split_argument(config_lib.find(path))
     functions = runpy.run_path(path)
     if "get_variants" not in functions:
         raise ConfigError(

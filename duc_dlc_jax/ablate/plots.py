@@ -11,17 +11,20 @@ matplotlib.use("Agg")  # files only
 
 import matplotlib.pyplot as plt
 import numpy as np
+from PIL import Image
 
+from duc_dlc_jax.ablate import crops
 from duc_dlc_jax.ablate.statistics import half_width
 
 if TYPE_CHECKING:
     from duc_dlc_jax.ablate.report import Table
+    from duc_dlc_jax.ablate.results import Results
 
 SIZE, DPI = (7.0, 4.5), 150  # inches, dots per inch
 
 
-def write(table: Table, folder: Path) -> list[tuple[str, str]]:
-    """Writes the plots and returns (file name, what it shows) of each."""
+def write(table: Table, folder: Path, results: Results) -> list[tuple[str, str]]:
+    """Writes the plots and returns (file name, what it shows) of each; results: with the masks."""
     folder.mkdir(parents=True, exist_ok=True)
     text = "Mean val mIoU with its 95% confidence interval against "
     made = [
@@ -44,6 +47,12 @@ def write(table: Table, folder: Path) -> list[tuple[str, str]]:
     made.append(("boundary_by_class.png", by_size, lambda f: _boundary(table, f)))
     if any(len(r["curve"]) > 1 for runs in table.runs.values() for r in runs):
         made.append(("curves.png", "Val mIoU while training", lambda f: _curves(table, f)))
+    shown = {f"{n}-seed{seed}": n for n, seed in table.crop_runs().items()}
+    masks = {n: _coloured(path) for n in ("label", *shown) if (path := results.masks(n)).exists()}
+    if shown and len(masks) == len(shown) + 1:
+        text = "The crops: the label, and what each network makes of it (its lowest seed)"
+        titles = {"label": "label"} | shown
+        made.append(("crops.png", text, lambda f: _crops(f, masks, titles)))
     for name, _, draw in made:
         figure, axes = plt.subplots(figsize=SIZE)
         draw(axes)
@@ -51,6 +60,27 @@ def write(table: Table, folder: Path) -> list[tuple[str, str]]:
         figure.savefig(folder / name, dpi=DPI, metadata={"Software": None})
         plt.close(figure)
     return [(name, text) for name, text, _ in made]
+
+
+def _coloured(path: Path) -> list[np.ndarray]:
+    """A strip of palette masks -> its crops, uint8 RGB [side, side, 3] each."""
+    with Image.open(path) as image:
+        return crops.split(np.asarray(image.convert("RGB")))
+
+
+def _crops(axes: Any, masks: dict[str, list[np.ndarray]], titles: dict[str, str]) -> None:
+    """A row per crop, a column per network, side by side in one picture."""
+    figure, count = axes.figure, len(masks["label"])
+    axes.remove()
+    figure.set_size_inches(1.25 * len(masks) + 0.3, 1.25 * count + 0.3)
+    grid = figure.subplots(count, len(masks), squeeze=False)
+    for column, (name, squares) in enumerate(masks.items()):
+        grid[0, column].set_title(titles[name], fontsize=8)
+        for row, square in enumerate(squares):
+            grid[row, column].imshow(square, interpolation="nearest")
+            grid[row, column].set(xticks=[], yticks=[])
+    for row in range(count):
+        grid[row, 0].set_ylabel(str(row + 1), fontsize=8, rotation=0, labelpad=8)
 
 
 def _error(values: list[float]) -> float:
@@ -72,7 +102,7 @@ def _cost(table: Table, axes: Any, cost: Any, label: str) -> None:
 
 def _boundary(table: Table, axes: Any) -> None:
     """Of the variants that the grid's questions are about."""
-    names = list(dict.fromkeys(n for c in table.comparisons() for n in c[:2])) or list(table.runs)
+    names = table.asked_about()
     pixels = next(iter(table.runs.values()))[0]["val"]["pixels"]
     labels = sorted(pixels, key=lambda c: pixels[c])
     for i, name in enumerate(names):

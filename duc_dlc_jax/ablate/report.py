@@ -24,6 +24,7 @@ SCORES: dict[str, Callable[[Result], float]] = {
     "boundary F": lambda r: r["val"]["boundary"]["mean_f"],
 }
 COMPARED = ("mIoU", "PA", "boundary IoU")
+CROPS = "crops.png"
 
 
 class Table:
@@ -74,6 +75,23 @@ class Table:
         """(first, second, question) of the grid whose variants both have runs."""
         return [c for c in self.grid.comparisons if c[0] in self.runs and c[1] in self.runs]
 
+    def asked_about(self) -> list[str]:
+        """The variants that the grid's questions are about, or all, in the grid's order."""
+        asked = {name for question in self.comparisons() for name in question[:2]}
+        return [name for name in self.runs if name in asked] or list(self.runs)
+
+    def crops(self, name: str) -> dict[int, list[float]]:
+        """Seed -> boundary IoU of each crop, of runs that have them; NaN: all ignored."""
+        return {
+            r["seed"]: [np.nan if c["boundary_iou"] is None else c["boundary_iou"] for c in kept]
+            for r in self.runs[name]
+            if (kept := r.get("crops"))
+        }
+
+    def crop_runs(self) -> dict[str, int]:
+        """Variant -> its lowest seed with crops, of those that the questions are about."""
+        return {n: min(self.crops(n)) for n in self.asked_about() if self.crops(n)}
+
 
 def _check_budgets(found: Sequence[Result], listed: dict) -> None:
     """Raises ConfigError unless the runs differ in what their variants change, and in seeds."""
@@ -106,14 +124,16 @@ def write(results: Results, output: str | Path, command: str) -> None:
     try:
         from duc_dlc_jax.ablate import plots
 
-        pictures = plots.write(table, output.with_suffix(""))
+        pictures = plots.write(table, output.with_suffix(""), results)
     except ImportError:
         logging.warning("no plots: they need matplotlib, pip install 'duc-dlc-jax[plots]'")
     parts = [
         _head(table, command),
         _main_table(table),
         *_differences(table),
-        *(f"![{text}]({output.stem}/{name})" for name, text in pictures),
+        *(f"![{text}]({output.stem}/{name})" for name, text in pictures if name != CROPS),
+        _crops(table),
+        *(f"![{text}]({output.stem}/{name})" for name, text in pictures if name == CROPS),
         _per_class(table, "IoU", lambda r: r["val"]["iou"]),
         _per_class(table, "Boundary IoU", lambda r: r["val"]["boundary"]["iou"]),
         _not_done(table, results),
@@ -158,8 +178,8 @@ def _head(table: Table, command: str) -> str:
 
 def _main_table(table: Table) -> str:
     head = ["variant", "upsampling, context", "grid of context", "seeds", *SCORES]
-    head += ["parameters", "GMACs", "train images/s", "label images/s", "step memory"]
-    rows = []
+    timed, rows = any(table.rates(name) for name in table.runs), []
+    head += ["parameters", "GMACs", *["train images/s", "label images/s"] * timed, "step memory"]
     for name, runs in table.runs.items():
         model, rates = runs[0]["config"]["model"], table.rates(name)
         values = [list(table.scores(name, score).values()) for score in SCORES]
@@ -172,23 +192,20 @@ def _main_table(table: Table) -> str:
                 *(_spread(v) for v in values),
                 f"{sum(runs[0]['parameters'].values()):,}",
                 f"{table.gmacs(name):.1f}",
-                *(f"{rates[k]:.0f}" if k in rates else "" for k in ("train", "label")),
+                *[f"{rates[k]:.0f}" if k in rates else "" for k in ("train", "label")] * timed,
                 f"{max(r['step_bytes_per_device'] for r in runs) / 2**30:.1f} GiB",
             ]
         )
     size = "x".join(map(str, next(iter(table.runs.values()))[0]["macs_image"]))
-    return "\n".join(
-        [
-            "## Scores and costs",
-            "",
-            "Mean ± standard deviation over the seeds. GMACs: multiply-adds of the convolutions "
-            f"for an image of {size}. Rates are those of {table.device}: of the training step on a "
-            "batch that stays there, and of labelling images from the host. Memory is what the "
-            "compiled training step needs.",
-            "",
-            _rows(head, rows),
-        ]
+    said = (
+        f"Rates are those of {table.device}: of the training step on a batch that stays there, and "
+        "of labelling images from the host. "
     )
+    text = (
+        "Mean ± standard deviation over the seeds. GMACs: multiply-adds of the convolutions for an "
+        f"image of {size}. {said * timed}Memory is what the compiled training step needs."
+    )
+    return "\n".join(["## Scores and costs", "", text, "", _rows(head, rows)])
 
 
 def _spread(values: Sequence[float]) -> str:
@@ -244,7 +261,7 @@ def _interval(difference: Difference) -> str:
 
 def _per_class(table: Table, title: str, of: Callable[[Result], dict[str, float | None]]) -> str:
     """Classes from the rarest on, of the variants that the grid's questions are about."""
-    names = list(dict.fromkeys(n for c in table.comparisons() for n in c[:2])) or list(table.runs)
+    names = table.asked_about()
     pixels = next(iter(table.runs.values()))[0]["val"]["pixels"]
     total, rows = sum(pixels.values()), []
     for label in sorted(pixels, key=lambda c: pixels[c]):
@@ -258,6 +275,45 @@ def _per_class(table: Table, title: str, of: Callable[[Result], dict[str, float 
     head = ["class", "share of pixels", *(f"`{name}`" for name in names)]
     note = "Mean over the seeds with its 95% confidence interval, the rarest class first."
     return "\n".join([f"## {title} per class", "", note, "", _rows(head, rows)])
+
+
+def _crops(table: Table) -> str:
+    """Boundary IoU of each crop, and the grid's questions asked of them."""
+    found = {name: table.crops(name) for name in table.crop_runs()}
+    if not found:
+        return ""
+    first = next(r["crops"] for r in table.runs[next(iter(found))] if r.get("crops"))
+    means = {name: np.mean(list(seeds.values()), axis=0) for name, seeds in found.items()}
+    rows = [
+        [
+            str(k + 1),
+            f"{crop['name']}, {crop['left']}, {crop['top']}",
+            *(f"{mean[k]:.3f}" for mean in means.values()),
+        ]
+        for k, crop in enumerate(first)
+    ]
+    rows.append(["", "mean", *(f"{np.nanmean(mean):.3f}" for mean in means.values())])
+    seeds = ", ".join(f"`{name}` {len(runs)}" for name, runs in found.items())
+    text = (
+        f"{len(first)} squares of {first[0]['side']} pixels of the evaluation split, chosen from "
+        "the split's order and its labels alone, before any prediction was seen: the rule is "
+        "docs/evaluation.md's, *Crops*. Boundary IoU of each as if it were an image, 2% of its own "
+        f"diagonal wide, mean over the seeds ({seeds})."
+    )
+    head = ["crop", "image, left, top", *(f"`{name}`" for name in found)]
+    parts = ["## The same crops through each network", "", text, "", _rows(head, rows)]
+    asked = [c for c in table.comparisons() if c[0] in found and c[1] in found]
+    over_crops = {n: {s: float(np.nanmean(v)) for s, v in found[n].items()} for n in found}
+    differences = [paired(over_crops[a], over_crops[b]) for a, b, _ in asked]
+    for (a, b, question), difference, verdict in zip(
+        asked, differences, verdicts(differences), strict=True
+    ):
+        more, seeds = int(np.sum(means[b] > means[a])), len(difference.values)
+        parts += [""] * (not parts[-1].startswith("- ")) + [
+            f"- `{b}` - `{a}` ({question}): higher in {more} of {len(first)} crops; mean over the "
+            f"crops {_interval(difference)} points, {seeds} seed{'s' * (seeds != 1)}, {verdict}."
+        ]
+    return "\n".join(parts)
 
 
 def _not_done(table: Table, results: Results) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +17,27 @@ from duc_dlc_jax.config import ConfigError
 
 # Where the data lie and how they are fed: not part of what a run is.
 CIRCUMSTANCES = ("data.dir", "data.workers", "data.threads", "data.prefetch", "data.in_memory")
-CIRCUMSTANCES += ("init.weights",)
+CIRCUMSTANCES += ("init.weights", "train.checkpoint_every")
+
+
+@dataclasses.dataclass(frozen=True)
+class Files:
+    """Where a run puts what it has beside its JSON; None: nowhere.
+
+    unfinished: a workdir with the checkpoints from which a run that was cut off goes on. masks: a
+    PNG with its labels of the grid's crops. weights: an .npz with its final network.
+    """
+
+    unfinished: Path | None = None
+    masks: Path | None = None
+    weights: Path | None = None
 
 
 class Results:
     """The files of a workdir.
 
-    `runs/NAME.json` of ended runs, `runs/NAME.failed` of failed ones, `grid.json`: all variants.
+    `runs/NAME.json` of ended runs, `runs/NAME.failed` of failed ones, `grid.json`: all variants;
+    and the folders of `Files`, `crops/label.png` beside their masks.
     """
 
     def __init__(self, workdir: str | Path):
@@ -29,6 +45,25 @@ class Results:
 
     def path(self, run: Run) -> Path:
         return self.folder / f"{run.name}.json"
+
+    def files(self, run: Run, weights: bool = False) -> Files:
+        home = self.folder.parent
+        return Files(
+            self._unfinished(run),
+            self.masks(run.name),
+            home / "weights" / f"{run.name}.npz" if weights else None,
+        )
+
+    def masks(self, name: str) -> Path:
+        """The PNG with a run's labels of the grid's crops, or with the data set's: "label"."""
+        return self.folder.parent / "crops" / f"{name}.png"
+
+    def begun(self, run: Run) -> bool:
+        """Whether it was cut off and goes on from a checkpoint."""
+        return any((self._unfinished(run) / "checkpoints").glob("[0-9]*"))
+
+    def _unfinished(self, run: Run) -> Path:
+        return self.folder.parent / "unfinished" / run.name
 
     def done(self, run: Run) -> dict[str, Any] | None:
         """What the run wrote when it ended."""
@@ -43,6 +78,7 @@ class Results:
     def write(self, run: Run, result: dict[str, Any]) -> None:
         self._put(self.path(run), json.dumps(result, indent=1) + "\n")
         self.path(run).with_suffix(".failed").unlink(missing_ok=True)
+        shutil.rmtree(self._unfinished(run), ignore_errors=True)
 
     def write_failure(self, run: Run, error: Exception) -> None:
         text = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
@@ -70,21 +106,26 @@ class Results:
         return [json.loads(path.read_text()) for path in sorted(self.folder.glob("*.json"))]
 
     def check(self, run: Run, config: ml_collections.ConfigDict) -> None:
-        """Raises ConfigError where an ended run had another configuration than it would have now.
+        """Raises ConfigError where a run was made, or begun, with another configuration than now.
 
         Rows of one table have one budget: seeds of two recipes do not mix.
         """
-        old = self.done(run)
-        if old is None:
+        path = self.path(run)
+        if (ended := self.done(run)) is not None:
+            old = json.dumps(ended["config"])
+        elif self.begun(run):
+            path = self._unfinished(run)
+            old = (path / "config.json").read_text()
+        else:
             return
-        then = dict(config_lib.fields(config_lib.from_json(json.dumps(old["config"]))))
+        then = dict(config_lib.fields(config_lib.from_json(old)))
         now = dict(config_lib.fields(config))
         differ = [n for n in now if then[n] != now[n] and n not in CIRCUMSTANCES]
         if differ:
             changed = ", ".join(f"{n}={then[n]!r} (now {now[n]!r})" for n in differ)
             raise ConfigError(
-                f"{self.path(run)} was run with {changed}; set it so again, remove the file, or "
-                "use another --workdir"
+                f"{path} was run with {changed}; set it so again, remove it, or use another "
+                "--workdir"
             )
 
     def _put(self, path: Path, text: str) -> None:

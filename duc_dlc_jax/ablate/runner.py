@@ -1,13 +1,14 @@
 """One run of a grid: trained from its seed, scored with boundaries, its costs measured.
 
 A variant's programs are compiled once and serve all of its seeds: the seed enters as data (initial
-parameters, batches, the key of dropout). Nothing is saved but the result, and the weights if asked
-for: a run takes seconds to minutes and is done again when it was cut off.
+parameters, batches, the key of dropout). Every `train.checkpoint_every` steps state and curve are
+saved, so that a run that was cut off goes on, with the same bits.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import platform
 import time
@@ -18,9 +19,12 @@ import flax
 import jax
 import ml_collections
 import numpy as np
+from absl import logging
 
-from duc_dlc_jax import describe, evaluate, initial, protocols, sharding
+from duc_dlc_jax import describe, evaluate, initial, pictures, protocols, sharding
 from duc_dlc_jax import optimizer as optimizers
+from duc_dlc_jax.ablate import crops
+from duc_dlc_jax.ablate.results import Files
 from duc_dlc_jax.data import pipeline
 from duc_dlc_jax.data.records import open_records
 from duc_dlc_jax.models import segmenter
@@ -33,11 +37,44 @@ LOSSES_EVERY = 20  # steps that are in flight at most
 
 
 class Data:
-    """The two splits, decoded once (data.in_memory) for all runs of the process."""
+    """The two splits, decoded once (data.in_memory) for all runs of the process; val's crops."""
 
     def __init__(self, data: ml_collections.ConfigDict):
         self.train = open_records(data, data.train_split)
         self.val = open_records(data, data.eval_split)
+        self.crops = crops.choose(self.val)
+
+
+@dataclasses.dataclass
+class Course:
+    """What a run has recorded so far, as JSON has it.
+
+    curve: its points. losses: of the steps since the last point. seconds: by what they went to,
+    without `train`, which is what remains of `total`.
+    """
+
+    curve: list[dict[str, float]] = dataclasses.field(default_factory=list)
+    losses: list[float] = dataclasses.field(default_factory=list)
+    seconds: dict[str, float] = dataclasses.field(
+        default_factory=lambda: dict.fromkeys(("compile", "evaluate", "save", "total"), 0.0)
+    )
+
+    @contextlib.contextmanager
+    def spent(self, what: str):
+        start = time.monotonic()
+        yield
+        self.seconds[what] += time.monotonic() - start
+
+    def add(self, losses: list[Any], step: int) -> None:
+        """Losses up to a step. Raises FloatingPointError where the last one is not finite."""
+        self.losses += [float(loss) for loss in losses]
+        if not np.isfinite(self.losses[-1]):
+            raise FloatingPointError(f"the loss is {self.losses[-1]} at step {step}")
+
+    def point(self, step: int, scores: dict[str, Any]) -> None:
+        figures = {name: float(scores[name]) for name in ("mIoU", "PA")}
+        self.curve.append({"step": step, "loss": float(np.mean(self.losses)), **figures})
+        self.losses = []
 
 
 class Trainer:
@@ -76,53 +113,69 @@ class Trainer:
         self._evaluator = evaluate.Evaluator(self._model, spec, batch, protocol)
         self._rates: dict[str, float] = {}
 
-    def run(self, config: ml_collections.ConfigDict, weights: Path | None = None) -> dict[str, Any]:
-        """Trains and scores one seed; `weights`: an .npz to write the final network to.
+    def run(self, config: ml_collections.ConfigDict, files: Files | None = None) -> dict[str, Any]:
+        """Trains and scores one seed, from its last checkpoint on if it was cut off.
 
-        Raises FloatingPointError where the loss is not finite.
+        Raises FloatingPointError where the loss is not finite, and CheckpointError where a
+        checkpoint cannot be written, or none of those that there are can be read.
         """
-        begin, seconds, curve = time.monotonic(), {"compile": 0.0, "evaluate": 0.0}, []
-        state, key = self._first_state(config), jax.random.key(config.seed)
-        every = config.train.eval_every
-        losses, window, progress = [], [], Progress(self._steps, "step")
-        scores: dict[str, Any] = {}
-        with contextlib.closing(self._batches(config)) as batches:
-            for step, (batch, _) in enumerate(batches, 1):
-                if step == 1 and self._compiled is None:
-                    seconds["compile"] = self._compile(state, batch, key)
+        files, begin = files or Files(), time.monotonic()
+        with contextlib.ExitStack() as stack:
+            saved = self._saved(config, files.unfinished, stack)
+            state, first, course = self._start(config, saved)
+            begin -= course.seconds["total"]
+            batches = stack.enter_context(contextlib.closing(self._batches(config, first)))
+            key, window, progress = jax.random.key(config.seed), [], Progress(self._steps, "step")
+            for step, (batch, _) in enumerate(batches, first + 1):
+                if self._compiled is None:
+                    with course.spent("compile"):
+                        self._compile(state, batch, key)
                 state, metrics = self._step(state, batch, key)
                 window.append(metrics["loss"])
                 last = step == self._steps
-                evaluating = last or (every and step % every == 0)
-                if evaluating or step % LOSSES_EVERY == 0:
-                    losses, window = losses + jax.device_get(window), []
-                    if not np.isfinite(losses[-1]):
-                        raise FloatingPointError(f"the loss is {losses[-1]} at step {step}")
-                    progress.show(step, f"loss {losses[-1]:.4f}", log=last)
+                evaluating = last or _every(config.train.eval_every, step)
+                saving = not last and _every(config.train.checkpoint_every, step)
+                if evaluating or saving or step % LOSSES_EVERY == 0:
+                    course.add(jax.device_get(window), step)
+                    window = []
+                    progress.show(step, f"loss {course.losses[-1]:.4f}", log=last)
+                start = time.monotonic()
                 if evaluating:
-                    start = time.monotonic()
-                    scores = self._scores(state, boundary=last)
-                    point = {name: scores[name] for name in ("mIoU", "PA")}
-                    curve.append({"step": step, "loss": float(np.mean(losses)), **point})
-                    losses = []
-                    seconds["evaluate"] += time.monotonic() - start
-                    progress.pause(time.monotonic() - start)
-        total = time.monotonic() - begin
-        seconds["train"] = total - sum(seconds.values())
-        if weights is not None:
-            _save(weights, state.variables())
+                    with course.spent("evaluate"):
+                        scores, shown = self._scores(state, last)
+                    course.point(step, scores)
+                if saving and saved:
+                    with course.spent("save"):
+                        course.seconds["total"] = time.monotonic() - begin
+                        position, notes = step * config.train.batch_size, dataclasses.asdict(course)
+                        saved.save(state, position, config, notes=notes)
+                progress.pause(time.monotonic() - start)
+        course.seconds["total"] = time.monotonic() - begin
+        if files.weights:
+            _save(files.weights, state.variables())
+        if files.masks:
+            self._write_masks(files.masks, shown)
         if not self._rates:
             self._rates = self._measure(state, batch, key)
-        size = self._data.val.size(0)
+        return self._result(config, course, scores, shown)
+
+    def _result(self, config, course: Course, scores, shown: dict[int, Any]) -> dict[str, Any]:
+        """What a run's file holds."""
+        val, size = self._data.val, self._data.val.size(0)
+        others = sum(value for name, value in course.seconds.items() if name != "total")
         return {
             "seed": config.seed,
             "config": config.to_dict(),
             "steps": self._steps,
-            "images": [len(self._data.train), len(self._data.val)],
+            "images": [len(self._data.train), len(val)],
             "hardware": hardware(),
-            "seconds": seconds | {"total": total},
-            "curve": curve,
-            "val": evaluate.summary(scores, self._data.val.spec),
+            "seconds": course.seconds | {"train": course.seconds["total"] - others},
+            "curve": course.curve,
+            "val": evaluate.summary(scores, val.spec),
+            "crops": [
+                crops.scored(crop, shown[crop.record], val.spec.num_classes)
+                for crop in self._data.crops
+            ],
             "parameters": describe.parameters(self._model),
             "macs": describe.macs(self._model, *size),
             "macs_image": list(size),
@@ -131,27 +184,63 @@ class Trainer:
             "grids": describe.grids(*size, self._model.output_stride, self._model.upsampling),
         }
 
-    def _batches(self, config):
+    def _batches(self, config, first: int):
         from duc_dlc_jax.train import device_batches
 
-        return device_batches(config, self._data.train, 0, self._steps, self._mesh)
+        position = first * config.train.batch_size
+        records, count = self._data.train, self._steps - first
+        return device_batches(config, records, position, count, self._mesh)
 
-    def _first_state(self, config) -> TrainState:
-        return self._create(initial.variables(self._model, config, self._data.train))
+    def _saved(self, config, folder: Path | None, stack: contextlib.ExitStack):
+        """The checkpoints of a run's folder, which is a workdir as `main` has it."""
+        if folder is None:
+            return None
+        from duc_dlc_jax import checkpoints, workdirs
 
-    def _compile(self, state, batch, key) -> float:
-        """Compiles the step, reads the memory it needs on a device, and returns its seconds."""
-        start = time.monotonic()
+        workdirs.write(folder, config, self._data.train.spec)
+        return stack.enter_context(
+            contextlib.closing(checkpoints.Checkpoints(folder, training=True))
+        )
+
+    def _start(self, config, saved) -> tuple[TrainState, int, Course]:
+        """State, steps done and course of the last checkpoint, or of a run's beginning."""
+        variables = initial.variables(self._model, config, self._data.train)
+        like = sharding.shapes(
+            jax.eval_shape(self._create, variables), sharding.replicated(self._mesh)
+        )
+        if saved and (restored := saved.restore_latest(like)):
+            step = int(restored[0].step)
+            logging.info("going on from step %d in %s", step, saved.directory)
+            return restored[0], step, Course(**saved.notes(step))
+        return self._create(variables), 0, Course()
+
+    def _compile(self, state, batch, key) -> None:
+        """Compiles the step, and reads the memory that it needs on a device."""
         self._compiled = self._jitted.lower(state, batch, key).compile()
         self._memory = sharding.bytes_per_device(self._compiled)
-        return time.monotonic() - start
 
     def _step(self, state, batch, key) -> tuple[TrainState, dict[str, jax.Array]]:
         return self._compiled(state, batch, key)
 
-    def _scores(self, state: TrainState, boundary: bool) -> dict[str, Any]:
+    def _scores(self, state: TrainState, last: bool) -> tuple[dict[str, Any], dict[int, Any]]:
+        """Scores; after the last step with boundaries, and the examples with crops by number."""
         examples = pipeline.eval_examples(self._data.val, threads=self._config.data.threads)
-        return self._evaluator.run(state.variables(), examples, boundary=boundary)[0]
+        numbered = (example | {"record": i} for i, example in enumerate(examples))
+        wanted, shown = {crop.record for crop in self._data.crops}, {}
+
+        def keep(example: dict[str, Any]) -> None:
+            if last and example["record"] in wanted:
+                shown[example["record"]] = example
+
+        variables = state.variables()
+        return self._evaluator.run(variables, numbered, each=keep, boundary=last)[0], shown
+
+    def _write_masks(self, path: Path, shown: dict[int, Any]) -> None:
+        """The crops of the predictions, and of the labels beside them, as palette PNGs."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for file, what in ((path, "prediction"), (path.with_name("label.png"), "label")):
+            masks = [crop.of(shown[crop.record][what]) for crop in self._data.crops]
+            pictures.write_ids(file, crops.strip(masks), self._data.val.spec)
 
     def _measure(self, state, batch, key) -> dict[str, float]:
         """Images/s of the step on a batch that stays where it is, and of labelling from the host.
@@ -176,6 +265,11 @@ class Trainer:
             jax.block_until_ready((state, metrics))
         trained = TIMED_STEPS * len(batch["image"]) / (time.monotonic() - start)
         return {"train": trained, "label": labelled}
+
+
+def _every(steps: int, step: int) -> bool:
+    """Whether it is time for what happens every so many steps; 0 = never."""
+    return steps > 0 and step % steps == 0
 
 
 def hardware() -> dict[str, Any]:

@@ -1,0 +1,35 @@
+"""CamVid, the reduced protocol: the first five of configs/ablation_camvid.py at a CPU's budget.
+
+Reduced: crops of 240 in place of 360, 340 steps of 8 (2,720 images) in place of 200 epochs, 3 seeds
+in place of 10. The recipe is that of configs/camvid_small.py, with ImageNet weights.
+
+Command   nohup nice -n 19 python -m duc_dlc_jax.ablate --config=configs/ablation_camvid_small.py
+          --workdir=runs/small --config.init.weights=FILE >> runs/small.log 2>&1 &
+          FILE: an ImageNet ResNet-50 with the stride on its 1x1 convolutions (source keras_v1)
+          Killed at any time, the same command goes on: at most 50 steps are done again
+Data      python -m duc_dlc_jax.data.prepare --dataset=camvid --raw_dir=DIR --data_dir=data
+Hardware  2 CPU cores, 20 minutes a run of the whole network, so 5 hours at most for the 15 runs
+Score     docs/results/ablation_small.md, once runs are committed
+"""
+
+import dataclasses
+
+from duc_dlc_jax import config as base
+from duc_dlc_jax.ablate import grid
+
+FULL = "configs/ablation_camvid.py"
+
+
+def get_config():
+    config = base.load("configs/camvid_small.py")
+    config.train.eval_every = 0  # an evaluation takes as long as 25 steps
+    return config
+
+
+def get_variants():
+    return [dataclasses.replace(v, seeds=3) for v in grid.load(FULL).variants[:5]]
+
+
+def get_comparisons():
+    names = {variant.name for variant in get_variants()}
+    return [row for row in grid.load(FULL).comparisons if {*row[:2]} <= names]

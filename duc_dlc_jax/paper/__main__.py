@@ -1,0 +1,186 @@
+"""`python -m duc_dlc_jax.paper --output=docs/results/paper.md`: a page on each row of the tables.
+
+Finished runs are the files `RUN.json` of --runs that `evaluate --protocol=single,multi_scale
+--json=RUN.json` wrote; RUN is a training of configs/paper.py.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from duc_dlc_jax import cli, hours
+from duc_dlc_jax import config as config_lib
+from duc_dlc_jax.ablate.results import CIRCUMSTANCES
+from duc_dlc_jax.config import ConfigError
+from duc_dlc_jax.paper.tables import LEFT_OPEN, SLIPS, TABLES, Row, Table
+
+WITHIN = 0.5  # points of mIoU and PA that a reproduced row may be away: the paper gives no spread
+CONFIG, GRID = "configs/paper.py", "configs/ablation_camvid.py"
+# Fields that decide no score, and the seed: the paper has none.
+BESIDE = (*CIRCUMSTANCES, "seed", "init.source", "train.log_every", "train.eval_every")
+BESIDE += ("train.keep_latest", "train.keep_best", "mesh.data", "mesh.space")
+NO_WEIGHTS = "no ImageNet weights of 269 layers by name, so `init.weights=FILE`"
+NOT_RUN = "needs the data set and the hours above"
+QUOTED = "another method, quoted; not trained here"
+
+
+def finished(folder: Path, run: str) -> dict[str, Any] | None:
+    """What `evaluate` wrote for a run; raises ConfigError for a file without protocols."""
+    path = folder / f"{run}.json"
+    if not path.exists():
+        return None
+    written = json.loads(path.read_text())
+    if "protocols" not in written or "config" not in written:
+        raise ConfigError(
+            f"{path} has no figures by protocol: python -m duc_dlc_jax.evaluate --workdir=DIR "
+            f"--protocol=single,multi_scale --json={path}"
+        )
+    return written
+
+
+def changes(written: dict[str, Any], run: str) -> list[str]:
+    """The fields, and their values, in which a finished run is not that of configs/paper.py."""
+    wanted = dict(config_lib.fields(config_lib.load(f"{CONFIG}:{run}")))
+    had = dict(config_lib.fields(config_lib.from_json(json.dumps(written["config"]))))
+    return [
+        f"{name}={had[name]!r}"
+        for name, value in wanted.items()
+        if had[name] != value and name not in BESIDE and not name.startswith("eval.")
+    ]
+
+
+def verdict(row: Row, written: dict[str, Any] | None, server: bool) -> str:
+    """reproduced, different (how) or not run (why)."""
+    if not row.run:
+        return QUOTED + (f" (nearest: `{row.near}` of {GRID})" if row.near else "")
+    if written is None:
+        missing = f"{NO_WEIGHTS}; " if row.run.endswith("r269") else ""
+        return f"not run: {missing}{NOT_RUN}" + ("; the server scores the test split" * server)
+    if row.protocol not in written["protocols"]:
+        return f"not run: {row.run}.json lacks {row.protocol}"
+    figures = written["protocols"][row.protocol]
+    pairs = [("mIoU", row.miou), ("PA", row.pa)]
+    apart = [(name, 100 * figures[name], value) for name, value in pairs if value is not None]
+    said = ", ".join(f"{name} {ours:.2f} ({ours - value:+.2f})" for name, ours, value in apart)
+    how = changes(written, row.run)
+    how += ["on val, not by the test server"] * server
+    close = all(abs(ours - value) <= WITHIN for _, ours, value in apart)
+    if close and not how:
+        return f"reproduced: {said}"
+    return f"different: {said}" + ("; " + ", ".join(how) if how else "")
+
+
+def cells(rows: Sequence[Sequence[str]]) -> str:
+    head, *rest = rows
+    lines = [head, ["---"] * len(head), *rest]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def trainings(runs: Sequence[str]) -> tuple[str, dict[str, list[str]]]:
+    """The table of trainings with their predicted hours, and these by run, as they are shown."""
+    found = {run: hours.predict(config_lib.load(f"{CONFIG}:{run}")) for run in runs}
+    devices = next(iter(found.values()))["devices"]
+    shown = {
+        run: [f"{d['hours']:,.1f}{'*' * d['extrapolated']}" for d in figures["devices"]]
+        for run, figures in found.items()
+    }
+    head = ["training", "steps", "GMACs a crop", *(f"hours [{i + 1}]" for i in range(len(devices)))]
+    rows = [
+        [f"`{CONFIG}:{run}`", f"{figures['steps']:,}", f"{figures['gmacs']:.2f}", *shown[run]]
+        for run, figures in found.items()
+    ]
+    notes = [
+        f"- [{i + 1}] {d['measured']}: {d['images_per_second']:.3g} images/s, {d['gmacs']:.2f} "
+        f"GMACs a crop{'; ' + d['note'] if d['note'] else ''} "
+        "([performance.md](../performance.md))."
+        for i, d in enumerate(devices)
+    ]
+    absent = ", ".join(next(iter(found.values()))["not_measured"])
+    text = (
+        "Hours = steps x 16 crops x GMACs of a crop / (images/s x GMACs of a crop as timed) / "
+        "3600, from steps that were timed on a batch that stays on the device:"
+    )
+    after = (
+        "Unmarked hours are measured speed, at that network and crop; * is extrapolated by "
+        "multiply-adds alone. Evaluations, checkpoints and a slow input come on top; n devices "
+        f"take an n-th at best. Not measured: {absent}. For a TPU slice `describe --topology` "
+        "compiles the step and predicts from published rates ([clusters.md](../clusters.md)). By "
+        "`python -m duc_dlc_jax.describe --config=configs/paper.py:RUN --hours`."
+    )
+    return "\n\n".join([text, "\n".join(notes), cells([head, *rows]), after]), shown
+
+
+def table(which: Table, folder: Path, predicted: dict[str, list[str]]) -> str:
+    def number(value: float | None) -> str:
+        return "-" if value is None else f"{value:.{which.digits}f}"
+
+    rows = [["method", "mIoU", "PA", "Final Score", "here", "training, protocol", "hours [1]"]]
+    for row in which.rows:
+        written = finished(folder, row.run) if row.run else None
+        rows.append(
+            [
+                row.method,
+                *map(number, (row.miou, row.pa, row.final)),
+                verdict(row, written, which.server),
+                f"`{row.run}`, `{row.protocol}`" if row.run else "",
+                predicted[row.run][0] if row.run else "",
+            ]
+        )
+    return f"## Table {which.number}: {which.title}\n\n{cells(rows)}"
+
+
+def page(folder: Path) -> str:
+    """The page; folder: with the files of finished runs."""
+    runs = list(dict.fromkeys(row.run for t in TABLES for row in t.rows if row.run))
+    done = [run for run in runs if finished(folder, run)]
+    costs, predicted = trainings(runs)
+    slips = cells([["place", "the paper", "here"], *SLIPS])
+    parts = [
+        "# The paper's tables",
+        "Each row of the four tables of Sediqi and Lee (2021), in percent, and what this project "
+        "has of it. Made from the configurations and from the JSON of finished runs by",
+        "```\n$ python -m duc_dlc_jax.paper --output=docs/results/paper.md\n```",
+        f"{len(done)} of {len(runs)} trainings have been run. *Reproduced* is within {WITHIN} "
+        "points in mIoU and PA with the configuration as it is; *different* says in which fields "
+        "it was not. What was trained instead, on other data: [camvid.md](camvid.md), "
+        "[ablation.md](ablation.md), [scenes.md](scenes.md).",
+        "## The trainings",
+        "```\n"
+        "$ python -m duc_dlc_jax.main --config=configs/paper.py:RUN --workdir=runs/RUN\n"
+        "$ python -m duc_dlc_jax.evaluate --workdir=runs/RUN --protocol=single,multi_scale \\\n"
+        "    --json=docs/results/paper/RUN.json\n"
+        "$ python -m duc_dlc_jax.submit --workdir=runs/cityscapes_r101 --split=test \\\n"
+        "    --protocol=multi_scale --output=cityscapes.zip\n"
+        "```",
+        "RUN is a name of this table; on a pod the first line goes through the scripts of "
+        "[clusters.md](../clusters.md).",
+        costs,
+        "### What the paper leaves open",
+        "The trainings take from the paper what it says: crops of 480 on ADE20K and "
+        "PASCAL-Context, scales 0.5 to 2, rate 1e-3, poly 0.9, momentum 0.9, decay 1e-4, 120 and "
+        "80 epochs. The rest, with the marks of [network.md](../network.md):",
+        "\n".join(f"- {line}" for line in LEFT_OPEN),
+        *(table(t, folder, predicted) for t in TABLES),
+        "## Slips in the paper",
+        "So that nobody chases them. Places are sections, equations and tables of the paper.",
+        slips,
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def main(_) -> None:
+    args = flags.FLAGS
+    text = page(Path(args.runs))
+    Path(args.output).write_text(text)
+    print(f"written: {args.output}")
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("runs", "docs/results/paper", "Folder with RUN.json of finished runs.")
+    flags.DEFINE_string("output", "paper.md", "The page.")
+    cli.run(main)
