@@ -5,9 +5,9 @@ from __future__ import annotations
 import functools
 import json
 import math
+import os
 import shutil
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,13 +18,18 @@ import orbax.checkpoint as ocp
 from absl import logging
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
+from orbax.checkpoint import options as orbax_options
 
+from duc_dlc_jax import s3_arrays, storage
 from duc_dlc_jax.config import ConfigError
 from duc_dlc_jax.errors import CheckpointError
 from duc_dlc_jax.sharding import shapes
 from duc_dlc_jax.train_step import TrainState
 
+s3_arrays.enable()
+
 SCORE = "final_score"
+COMPLETE = "commit_success.txt"  # Orbax writes it last, on a disk too
 UNREADABLE = "unreadable"  # folder of the workdir for checkpoints that are damaged
 
 
@@ -51,14 +56,20 @@ class Checkpoints:
     Score. (Orbax's `max_to_keep` with `best_fn` would delete the newest while scores fall.)
 
     Each holds a checksum per array, so that a bit that flips on a disk or on the way is noticed.
+    On a disk a checkpoint gets its name when it is complete; in an object store, which cannot
+    rename, it is one once it holds `COMPLETE`.
     """
 
     def __init__(
-        self, workdir: str | Path, keep_latest: int = 2, keep_best: int = 1, training: bool = False
+        self,
+        workdir: str | os.PathLike,
+        keep_latest: int = 2,
+        keep_best: int = 1,
+        training: bool = False,
     ):
         """training: this is the one run that saves here; what a killed save left is removed."""
         self._training = training
-        self.directory = Path(workdir).absolute() / "checkpoints"
+        self.directory = storage.absolute(storage.path(workdir)) / "checkpoints"
         self._open = functools.partial(self._manager_of, keep_latest, keep_best)
         self._set_aside(self._with_bad_scores())
         self._manager = self._open()
@@ -72,6 +83,8 @@ class Checkpoints:
                 ),
             ]
         )
+        modes = orbax_options.AtomicityMode
+        remote = storage.is_remote(self.directory)
         return _Manager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
@@ -79,6 +92,9 @@ class Checkpoints:
                 best_fn=_score,
                 best_mode="max",
                 cleanup_tmp_directories=self._training,
+                atomicity_options=orbax_options.AtomicityOptions(
+                    mode=modes.COMMIT_FILE if remote else modes.AUTO
+                ),
             ),
             item_names=("state", "data", "config"),
             item_handlers={
@@ -163,15 +179,17 @@ class Checkpoints:
                 metrics=metrics or {},
                 force=True,
             )
-        except (OSError, ValueError) as error:
+        except storage.errors() as error:
             raise self._save_error(error) from error
 
     def _save_error(self, error: Exception) -> CheckpointError:
-        free = shutil.disk_usage(self.directory).free
+        where, mend = str(self.directory), "mend what it says"
+        if not storage.is_remote(where):
+            free = shutil.disk_usage(self.directory).free
+            where, mend = f"{where} ({free / 2**20:,.0f} MiB free)", "make room"
         return CheckpointError(
-            f"a checkpoint cannot be written to {self.directory} ({free / 2**20:,.0f} MiB free): "
-            f"{str(error)[:500]}. Those of earlier steps are kept: make room, and the same command "
-            "goes on from the latest"
+            f"a checkpoint cannot be written to {where}: {str(error)[:500]}. Those of earlier "
+            f"steps are kept: {mend}, and the same command goes on from the latest"
         )
 
     def restore(self, step: int, like: TrainState) -> tuple[TrainState, int]:
@@ -221,6 +239,8 @@ class Checkpoints:
         except (OSError, MemoryError, jax.errors.JaxRuntimeError):
             raise  # a disk that does not answer, a device that is full: no fault of the files
         except Exception as error:  # Orbax has bare ones for data that do not decode
+            if storage.is_remote(self.directory) and storage.is_trouble(error):
+                raise
             raise self._damaged(step, error) from error
         found = checksums(restored["state"]) if saved else {}
         wrong = [name for name in saved if found.get(name) != saved[name]]
@@ -257,9 +277,8 @@ class Checkpoints:
                 "checkpoint %s is damaged and moved to %s", self.directory / str(step), target
             )
             if jax.process_index() == 0:
-                shutil.rmtree(target, ignore_errors=True)
-                target.parent.mkdir(exist_ok=True)
-                (self.directory / str(step)).rename(target)
+                target.rmtree(missing_ok=True)
+                storage.move(self.directory / str(step), target)
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("damaged checkpoints are moved")
 
@@ -312,7 +331,7 @@ class Checkpoints:
         """Blocks until every save is on disk; raises CheckpointError where one is not."""
         try:
             self._manager.wait_until_finished()
-        except (OSError, ValueError) as error:
+        except storage.errors() as error:
             raise self._save_error(error) from error
 
     def close(self) -> None:

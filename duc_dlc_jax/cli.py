@@ -6,15 +6,16 @@ import logging as py_logging
 import os
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import NoReturn
 
 import jax
 import ml_collections
 from absl import app, flags, logging
+from etils import epath
 from ml_collections import config_flags
 
 from duc_dlc_jax import config as config_lib
+from duc_dlc_jax import storage
 from duc_dlc_jax.data.labels import DataError
 from duc_dlc_jax.errors import (
     CheckpointError,
@@ -134,13 +135,16 @@ def define_names(name: str, allowed: Sequence[str], help_text: str) -> None:
     flags.register_validator(name, check)
 
 
-def use_compilation_cache(workdir: Path) -> None:
+def use_compilation_cache(workdir: epath.Path) -> None:
     """Keeps compiled programs in `workdir/compiled`, or where JAX_COMPILATION_CACHE_DIR says.
 
     Small ones too, unless JAX's environment variable says otherwise: a second start compiles none.
     """
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        jax.config.update("jax_compilation_cache_dir", str(workdir.absolute() / "compiled"))
+        folder = storage.absolute(workdir) / "compiled"
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+        if storage.is_remote(workdir):  # XLA's own caches, of GPU kernels, need a disk
+            jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 

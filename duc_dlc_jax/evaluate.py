@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from absl import flags, logging
+from etils import epath
 from jax.experimental import multihost_utils
 
-from duc_dlc_jax import boundaries, cli, metrics, pictures, progress, protocols, report, workdirs
+from duc_dlc_jax import (
+    boundaries,
+    cli,
+    metrics,
+    pictures,
+    progress,
+    protocols,
+    report,
+    storage,
+    workdirs,
+)
 from duc_dlc_jax.config import ConfigError
 from duc_dlc_jax.data import pipeline
 from duc_dlc_jax.data.labels import LabelSpec
@@ -166,7 +176,7 @@ def open_run(args: Any, path: str, form: str = "") -> tuple[workdirs.Run, Record
     form: of a bundle, see `workdirs.load_any`.
     """
     if not is_bundle(path):  # which stays as it is
-        cli.use_compilation_cache(Path(path))
+        cli.use_compilation_cache(storage.path(path))
     run = workdirs.load_any(path, args.checkpoint, form)
     data = run.config.data
     if args.data_dir:
@@ -227,13 +237,13 @@ def main(_) -> None:
         programs = evaluator.programs()
         print("compiled: {network} programs with the network, {other} small".format(**programs))
         if kept:
-            folder = Path(path) / "pictures" / f"evaluate-{run.step}"
+            folder = storage.path(path) / "pictures" / f"evaluate-{run.step}"
             pictures.write_triples(folder, kept, run.spec)
             logging.info("pictures in %s", folder)
     if len(evaluators) > 1:
         print(f"\n{compared(results)}")
     if args.json and jax.process_index() == 0:
-        write_json(Path(args.json), run, results)
+        write_json(storage.path(args.json), run, results)
     if args.report:
         write_report(args, run, records, next(iter(evaluators.values())), results, images)
 
@@ -269,10 +279,10 @@ def write_report(args, run, records, evaluator, results, images: report.ImageSco
         mious,
         shown,
     )
-    print(f"report: {report.write(Path(args.report), data)}")
+    print(f"report: {report.write(storage.path(args.report), data)}")
 
 
-def write_json(path: Path, run: workdirs.Run, results: dict[str, dict[str, Any]]) -> None:
+def write_json(path: epath.Path, run: workdirs.Run, results: dict[str, dict[str, Any]]) -> None:
     """The summary of one protocol; of several, each under its name in `protocols`."""
     summaries = {name: summary(scores, run.spec) for name, scores in results.items()}
     figures = {"protocols": summaries} if len(results) > 1 else next(iter(summaries.values()))
@@ -281,7 +291,7 @@ def write_json(path: Path, run: workdirs.Run, results: dict[str, dict[str, Any]]
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("workdir", "", "What training wrote.")
+    flags.DEFINE_string("workdir", "", "What training wrote; may be s3:// or gs://.")
     flags.DEFINE_string("model", "", "A bundle, or as --workdir.")
     flags.DEFINE_enum("format", "", ["", *FORMS], "Of a bundle; default: its first.")
     flags.DEFINE_string("checkpoint", "best", "best, latest or a step.")

@@ -18,9 +18,10 @@ from typing import Any
 
 from absl import flags
 from absl import logging as absl_logging
+from etils import epath
 from ml_collections import config_flags
 
-from duc_dlc_jax import cli, plans
+from duc_dlc_jax import cli, plans, storage
 from duc_dlc_jax import config as config_lib
 from duc_dlc_jax.data import builders, folders, labels, prepare
 from duc_dlc_jax.models import segmenter
@@ -228,13 +229,14 @@ def _request(args: Any) -> Request:
 
 
 def main(argv: list[str]) -> None:
-    args, workdir = flags.FLAGS, Path(flags.FLAGS.workdir)
+    args = flags.FLAGS
+    workdir = Path(storage.local("--workdir", args.workdir))
     request = _request(args)
     if args.plan_only:
         found = request.inspect(workdir)
         print(text(found, *make_plan(found, request)))
         return
-    cli.use_compilation_cache(workdir)
+    cli.use_compilation_cache(epath.Path(workdir))
     command = shlex.join(["python", "-m", "duc_dlc_jax.fit", *sys.argv[1:]])
     if fit(request, workdir, yes=args.yes, command=command) is None:
         print("nothing was written")

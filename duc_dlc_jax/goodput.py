@@ -11,6 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import jax
+from etils import epath
+
+from duc_dlc_jax import storage
 
 PARTS = ("start", "compile", "data", "checkpoint", "evaluation")  # of one process's time
 
@@ -38,7 +41,7 @@ class Goodput:
                 process's begin
     """
 
-    def __init__(self, workdir: Path, first_step: int, begin: float | None = None):
+    def __init__(self, workdir: epath.Path, first_step: int, begin: float | None = None):
         """first_step: updates done so far.
 
         begin: seconds since the epoch; None takes the process's, or now for its second run.
@@ -51,11 +54,11 @@ class Goodput:
         if jax.process_index() != 0:
             return
         path = workdir / "goodput.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        lines = storage.read(path).splitlines()
         self._add_earlier([json.loads(line) for line in lines if line.endswith("}")])
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115
+        self._file = storage.Lines(path)
         if lines and not lines[-1].endswith("}"):  # a killed process's last one
-            self._file.write("\n")
+            self._file.write("")
 
     def _add_earlier(self, lines: list[dict]) -> None:
         begins = sorted({line["begin"] for line in lines})
@@ -93,8 +96,7 @@ class Goodput:
         own = self._spent | {"training": training}
         if self._file:
             row = {"begin": self._begin, "first": self._first, "step": step, "time": now, **own}
-            self._file.write(json.dumps(row) + "\n")
-            self._file.flush()
+            self._file.write(json.dumps(row))
         total = {part: seconds + own.get(part, 0) for part, seconds in self._earlier.items()}
         share = total["training"] / sum(total.values())
         return {f"time/{part}": seconds for part, seconds in total.items()} | {"goodput": share}

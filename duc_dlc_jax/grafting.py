@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
+import os
 from typing import Any
 
 import flax
@@ -100,7 +100,7 @@ def flat(tree: dict[str, Any]) -> dict[str, Any]:
 
 
 def from_workdir(
-    workdir: str | Path,
+    workdir: str | os.PathLike,
     fresh: dict[str, Any],
     model: ml_collections.ConfigDict,
     spec: LabelSpec,
@@ -111,7 +111,7 @@ def from_workdir(
       FileNotFoundError: no such run.
       ConfigError: the networks differ in a shape, or in what the weights mean.
     """
-    run = workdirs.load(Path(workdir).expanduser())
+    run = workdirs.load(os.path.expanduser(workdir))
     differ = {k: run.config.model[k] for k in model if model[k] != run.config.model[k]}
     meaning = [name for name in MEANING if name in differ]
     if meaning:

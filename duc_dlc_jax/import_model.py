@@ -8,14 +8,14 @@ name of docs/conversion.md or the file of a state dict; its classes are those of
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import ml_collections
 from absl import flags, logging
+from etils import epath
 
-from duc_dlc_jax import cli, workdirs
+from duc_dlc_jax import cli, storage, workdirs
 from duc_dlc_jax import config as config_lib
 from duc_dlc_jax import optimizer as optimizers
 from duc_dlc_jax.data import labels as labels_lib
@@ -24,7 +24,7 @@ from duc_dlc_jax.models.tensor_files import read_tensors
 from duc_dlc_jax.train_step import create_state
 
 
-def import_model(name: str, workdir: Path, labels: str = "") -> ml_collections.ConfigDict:
+def import_model(name: str, workdir: epath.Path, labels: str = "") -> ml_collections.ConfigDict:
     """Writes the workdir of a segmenter; returns its configuration.
 
     Args:
@@ -77,7 +77,7 @@ def _spec(name: str, labels: str, classes: int) -> labels_lib.LabelSpec:
 
 def main(_) -> None:
     args = flags.FLAGS
-    workdir = Path(args.workdir)
+    workdir = storage.path(args.workdir)
     config = import_model(args.weights, workdir, args.labels)
     known = weights.TABLE.get(args.weights)
     if known:

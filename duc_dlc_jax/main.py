@@ -7,17 +7,18 @@ same workdir resumes.
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 from absl import flags
 from ml_collections import config_flags
 
-from duc_dlc_jax import cli, distributed, verify_resume
+from duc_dlc_jax import cli, distributed, storage, verify_resume
 from duc_dlc_jax.models import segmenter
 from duc_dlc_jax.train import train
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration, see configs/.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Checkpoints, figures and pictures go here.")
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Checkpoints, figures, pictures; may be s3:// or gs://."
+)
 _VERIFY = flags.DEFINE_bool(
     "verify_resume",
     False,
@@ -30,12 +31,12 @@ distributed.define_flags()
 
 def main(_) -> None:
     if _VERIFY.value:
-        workdir = Path(_WORKDIR.value or "")
+        workdir = storage.path(_WORKDIR.value or "")
         print(verify_resume.verify(sys.argv[1:], workdir, _VERIFY_STEPS.value))
         return
     cli.use_deterministic_kernels(_CONFIG.value)
     distributed.start(flags.FLAGS)
-    workdir = Path(_WORKDIR.value or "")
+    workdir = storage.path(_WORKDIR.value or "")
     cli.use_compilation_cache(workdir)
     segmenter.enable_dtype(_CONFIG.value.model)
     train(_CONFIG.value, workdir, _RECORDS.value)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
+from etils import epath
 from PIL import Image
 
 from duc_dlc_jax.data import codec
@@ -31,14 +31,13 @@ def triple(example: dict[str, Any], spec: LabelSpec) -> np.ndarray:
     return np.concatenate([example["image"], spec.colourise(label), spec.colourise(shown)], axis=1)
 
 
-def write_triples(folder: Path, examples: Sequence[dict[str, Any]], spec: LabelSpec) -> None:
+def write_triples(folder: epath.Path, examples: Sequence[dict[str, Any]], spec: LabelSpec) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for example in examples:
-        path = folder / f"{file_name(example['name'])}.png"
-        Image.fromarray(triple(example, spec)).save(path)
+        write_png(folder / f"{file_name(example['name'])}.png", triple(example, spec))
 
 
-def write_ids(path: Path, ids: np.ndarray, spec: LabelSpec) -> None:
+def write_ids(path: epath.Path, ids: np.ndarray, spec: LabelSpec) -> None:
     """Train ids uint8 [H, W] as a palette PNG: pixel values are the ids, viewers show colours.
 
     Ignored pixels are black.
@@ -48,7 +47,7 @@ def write_ids(path: Path, ids: np.ndarray, spec: LabelSpec) -> None:
     image.save(path)
 
 
-def write_png(path: Path, picture: np.ndarray) -> None:
+def write_png(path: epath.Path, picture: np.ndarray) -> None:
     """RGB uint8 [H, W, 3]; several times as fast as Pillow's default compression."""
     path.write_bytes(codec.encode_image(picture, "png"))
 

@@ -24,6 +24,7 @@ from typing import Any
 
 import jax
 import ml_collections
+from etils import epath
 
 from duc_dlc_jax import config as config_lib
 from duc_dlc_jax import describe, sharding, workdirs
@@ -156,7 +157,7 @@ def _network(draft: _Draft, machine: Machine) -> None:
         draft.put("model.depth", layout.depth() or model.depth, f"the weights {Path(weights).name}")
         _check_weights(draft.config)
     elif draft.config.init.checkpoint:
-        _network_of(draft, Path(draft.config.init.checkpoint).expanduser().resolve())
+        _network_of(draft, epath.Path(draft.config.init.checkpoint).expanduser().resolve())
     elif machine.is_cpu:
         small = config_lib.load("configs/demo.py").model
         for name, value in config_lib.fields(small, "model."):
@@ -168,7 +169,7 @@ def _network(draft: _Draft, machine: Machine) -> None:
         draft.put("model.dtype", "bfloat16", "faster on accelerators; parameters stay float32")
 
 
-def _network_of(draft: _Draft, workdir: Path) -> None:
+def _network_of(draft: _Draft, workdir: epath.Path) -> None:
     """The network of another run, which training then starts from."""
     trained, *_ = workdirs.described(workdir)
     draft.put("init.checkpoint", str(workdir), GIVEN)

@@ -26,15 +26,15 @@ import json
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
 from absl import flags
+from etils import epath
 from PIL import ImageOps
 
-from duc_dlc_jax import cli, pictures, progress, protocols, workdirs
+from duc_dlc_jax import cli, pictures, progress, protocols, storage, workdirs
 from duc_dlc_jax.data import drawing, inputs
 from duc_dlc_jax.data.builders.examples import in_threads
 from duc_dlc_jax.data.inputs import Input, Video
@@ -53,7 +53,7 @@ AHEAD = 8  # frames of a video that are decoded in advance
 class Writer:
     """Writes what is wanted of one image; safe in several threads."""
 
-    folder: Path
+    folder: epath.Path
     outputs: tuple[str, ...]
     spec: LabelSpec
     opacity: float = 0.5
@@ -230,8 +230,10 @@ def throughput(done: int, seconds: float, predictor: Predictor | BundlePredictor
 def main(_) -> None:
     args = flags.FLAGS
     if not is_bundle(args.model):  # which stays as it is
-        cli.use_compilation_cache(Path(args.model))
-    output = Path(args.output)
+        cli.use_compilation_cache(storage.path(args.model))
+    output = storage.local("--output", args.output)
+    for text in args.input:
+        storage.local("--input", text)
     found = inputs.find(args.input, output)
     run = workdirs.load_any(args.model, args.checkpoint, args.format)
     config = protocols.select(run.config, args.protocol, args.set)

@@ -11,11 +11,11 @@ import html
 import importlib.resources
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
+from etils import epath
 
 from duc_dlc_jax import metrics
 from duc_dlc_jax.data.labels import LabelSpec
@@ -105,7 +105,7 @@ def runs(ids: np.ndarray) -> str:
     return base64.b64encode(table.astype(np.uint8).tobytes()).decode()
 
 
-def curves(path: Path) -> dict[str, list[list[float]]]:
+def curves(path: epath.Path) -> dict[str, list[list[float]]]:
     """[step, value] of each of `CURVES` in a run's metrics.jsonl; nothing where there is none."""
     found: dict[str, dict[int, float]] = {}
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
@@ -173,7 +173,7 @@ def page_data(
     }
 
 
-def write(folder: Path, data: dict[str, Any]) -> Path:
+def write(folder: epath.Path, data: dict[str, Any]) -> epath.Path:
     """Writes index.html into `folder`; returns its path."""
     templates = importlib.resources.files("duc_dlc_jax") / "templates"
     page, css, js = (

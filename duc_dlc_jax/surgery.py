@@ -17,7 +17,6 @@ import itertools
 import math
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -25,8 +24,9 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from absl import flags
+from etils import epath
 
-from duc_dlc_jax import cli, grafting, sharding, statistics, workdirs
+from duc_dlc_jax import cli, grafting, sharding, statistics, storage, workdirs
 from duc_dlc_jax import config as config_lib
 from duc_dlc_jax import optimizer as optimizers
 from duc_dlc_jax.config import ConfigError
@@ -41,7 +41,7 @@ CHECK_SHARE = 4  # of the batches that estimate, one in so many more checks the 
 
 
 def show(
-    workdir: Path, checkpoint: str = "best", batches: int = 0, data_dir: str = ""
+    workdir: epath.Path, checkpoint: str = "best", batches: int = 0, data_dir: str = ""
 ) -> list[str]:
     """What a checkpoint holds, as lines; with `batches` how far its BN statistics are from those
     of so many training batches (`statistics.gap`).
@@ -85,7 +85,7 @@ def _fit(stored: Any, estimated: Any, batches: int) -> str:
 
 
 def diff(
-    workdir: Path, other: Path, checkpoint: str = "best", other_checkpoint: str = "best"
+    workdir: epath.Path, other: epath.Path, checkpoint: str = "best", other_checkpoint: str = "best"
 ) -> list[str]:
     """Lines about everything in which two checkpoints differ; none where they are equal.
 
@@ -120,7 +120,7 @@ def diff(
 
 
 def average(
-    workdir: Path, output: Path, last: int, how: str, batches: int, data_dir: str = ""
+    workdir: epath.Path, output: epath.Path, last: int, how: str, batches: int, data_dir: str = ""
 ) -> list[str]:
     """Writes the mean of the last checkpoints' parameters; returns what was done, as lines.
 
@@ -169,7 +169,7 @@ def average(
     return lines
 
 
-def ema(workdir: Path, output: Path, checkpoint: str = "best") -> list[str]:
+def ema(workdir: epath.Path, output: epath.Path, checkpoint: str = "best") -> list[str]:
     """Writes the network that the run averaged, parameters and BN statistics, as its own.
 
     Raises ConfigError where it kept no average.
@@ -186,7 +186,7 @@ def ema(workdir: Path, output: Path, checkpoint: str = "best") -> list[str]:
 
 
 def classes(
-    workdir: Path, output: Path, spec: labels.LabelSpec, checkpoint: str = "best"
+    workdir: epath.Path, output: epath.Path, spec: labels.LabelSpec, checkpoint: str = "best"
 ) -> list[str]:
     """Writes the network with the classes of `spec`, at step 0; classes of the same name keep their
     weights, the other ones are drawn from config.seed.
@@ -249,11 +249,11 @@ def main(argv: list[str]) -> None:
         raise ConfigError(f"surgery {' '.join(argv[1:])}: one command of {', '.join(commands)}")
     if missing := [name for name in needed.get(command, []) if not args[name].value]:
         raise ConfigError(f"surgery {command} needs {' '.join(f'--{name}=' for name in missing)}")
-    workdir, output = Path(args.workdir), Path(args.output or "")
+    workdir, output = storage.path(args.workdir), storage.path(args.output or "")
     if command == "show":
         lines = show(workdir, args.checkpoint, args.batches or 0, args.data_dir)
     elif command == "diff":
-        lines = diff(workdir, Path(args.other), args.checkpoint, args.other_checkpoint)
+        lines = diff(workdir, storage.path(args.other), args.checkpoint, args.other_checkpoint)
         print("\n".join(lines) or "equal")
         sys.exit(1 if lines else 0)
     elif command == "average":

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import time
 from collections.abc import Generator, Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,6 +19,7 @@ import ml_collections
 import numpy as np
 from absl import logging
 from clu import parameter_overview
+from etils import epath
 
 from duc_dlc_jax import (
     checkpoints,
@@ -27,6 +28,7 @@ from duc_dlc_jax import (
     pictures,
     protocols,
     sharding,
+    storage,
     workdirs,
     writers,
 )
@@ -51,17 +53,18 @@ def total_steps(config: ml_collections.ConfigDict, images: int) -> int:
 
 
 def train(
-    config: ml_collections.ConfigDict, workdir: str | Path, record_names: bool = False
+    config: ml_collections.ConfigDict, workdir: str | os.PathLike, record_names: bool = False
 ) -> dict[str, Any]:
     """Trains, or goes on training, in `workdir`; returns the scores of the last evaluation.
 
     record_names: each step's records go by name to records.jsonl, those that this process reads.
 
     Raises ConfigError or FileNotFoundError before any compilation where the configuration, the
-    devices and the prepared data do not fit together.
+    devices, the workdir and the prepared data do not fit together.
     """
     config_lib.validate(config)
-    workdir = Path(workdir)
+    workdir = storage.path(workdir)
+    storage.check(workdir, write=True)
     mesh = sharding.training_mesh(config)
     records = open_records(config.data, config.data.train_split)
     val_records = open_records(config.data, config.data.eval_split)
@@ -181,6 +184,7 @@ class _Loop:
                 stopping = True
         with self._goodput.spent("checkpoint"):
             position = step * self._config.train.batch_size
+            self._writer.flush()  # a resumed run finds the lines up to its step
             self._saved.save(state, position, self._config, headline)
             if stopping:
                 self._saved.wait()
@@ -222,15 +226,14 @@ def device_batches(
             iterator.close()
 
 
-def _with_names(batches, records, workdir: Path, step: int):
+def _with_names(batches, records, workdir: epath.Path, step: int):
     """The batches; a line of records.jsonl is written before each, from `step` on."""
     index = jax.process_index()
     name = f"records-{index}.jsonl" if index else "records.jsonl"
-    with open(workdir / name, "a", encoding="utf-8") as file:
+    with contextlib.closing(storage.Lines(workdir / name, every=0)) as file:
         for batch, indices in batches:
             names = [records.name(int(i)) for i in indices]
-            file.write(json.dumps({"step": step, "records": names}) + "\n")
-            file.flush()
+            file.write(json.dumps({"step": step, "records": names}))
             step += 1
             yield batch, indices
 
@@ -304,7 +307,7 @@ def _announce(
     )
 
 
-def _next_commands(workdir: Path, saved: checkpoints.Checkpoints) -> str:
+def _next_commands(workdir: epath.Path, saved: checkpoints.Checkpoints) -> str:
     return "\n".join(
         [
             f"best checkpoint  {saved.directory}/{saved.best_step()}",

@@ -7,23 +7,24 @@ array of the two last checkpoints is compared bit for bit, and every record that
 from __future__ import annotations
 
 import json
-import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 
-from duc_dlc_jax.checkpoints import named
+from duc_dlc_jax import storage
+from duc_dlc_jax.checkpoints import COMPLETE, named
 from duc_dlc_jax.errors import NotEqual
 
 
-def verify(arguments: Sequence[str], workdir: Path, steps: int) -> str:
+def verify(arguments: Sequence[str], workdir: epath.Path, steps: int) -> str:
     """Runs `main` with the arguments of this command; returns what was found equal.
 
     steps: N; what the runs leave is in workdir/verify_resume.
@@ -31,7 +32,7 @@ def verify(arguments: Sequence[str], workdir: Path, steps: int) -> str:
     Raises NotEqual, with the arrays and records that differ, and RuntimeError where a run fails.
     """
     folder = workdir / "verify_resume"
-    shutil.rmtree(folder, ignore_errors=True)
+    folder.rmtree(missing_ok=True)
     straight, killed = folder / "straight", folder / "killed"
     half = max(steps // 2, 1)
     own = ("verify_resume", "verify_steps", "workdir=")
@@ -48,26 +49,30 @@ def verify(arguments: Sequence[str], workdir: Path, steps: int) -> str:
     return compare(straight, killed, steps)
 
 
-def _run(command: list[str], workdir: Path, kill_after: int = 0) -> None:
+def _run(command: list[str], workdir: epath.Path, kill_after: int = 0) -> None:
     """One process; with `kill_after` it is killed once the checkpoint of that step is there."""
     workdir.mkdir(parents=True, exist_ok=True)
     print(f"{'killed' if kill_after else 'runs'}: {workdir}", file=sys.stderr)
-    with open(workdir / "log.txt", "a", encoding="utf-8") as log:
+    remote = storage.is_remote(workdir)
+    path = workdir / "log.txt"
+    if remote:
+        path = epath.Path(tempfile.mkdtemp(prefix="verify_resume-")) / f"{workdir.name}.txt"
+    with open(path, "a", encoding="utf-8") as log:
         process = subprocess.Popen([*command, f"--workdir={workdir}"], stdout=log, stderr=log)
-        saved = workdir / "checkpoints" / str(kill_after)
-        while kill_after and process.poll() is None and not saved.is_dir():
-            time.sleep(0.02)
+        saved = workdir / "checkpoints" / str(kill_after) / COMPLETE
+        while kill_after and process.poll() is None and not saved.exists():
+            time.sleep(0.2 if remote else 0.02)
         if kill_after:
             process.send_signal(signal.SIGKILL)
         code = process.wait()
     wanted = -signal.SIGKILL if kill_after else 0
     if code != wanted:
         raise RuntimeError(
-            f"the run in {workdir} ended with {code} instead of {wanted}; see {workdir}/log.txt"
+            f"the run in {workdir} ended with {code} instead of {wanted}; see {path}"
         )
 
 
-def compare(first: Path, second: Path, step: int) -> str:
+def compare(first: epath.Path, second: epath.Path, step: int) -> str:
     """Two workdirs at a step; returns a sentence, or raises NotEqual."""
     states = [_arrays(workdir, step) for workdir in (first, second)]
     records = [_records(workdir) for workdir in (first, second)]
@@ -88,8 +93,8 @@ def compare(first: Path, second: Path, step: int) -> str:
     )
 
 
-def _arrays(workdir: Path, step: int) -> dict[str, np.ndarray]:
-    path = workdir.absolute() / "checkpoints" / str(step) / "state"
+def _arrays(workdir: epath.Path, step: int) -> dict[str, np.ndarray]:
+    path = storage.absolute(workdir) / "checkpoints" / str(step) / "state"
     with ocp.PyTreeCheckpointer() as reader:
         saved = reader.metadata(path).item_metadata.tree
         as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved)
@@ -97,7 +102,7 @@ def _arrays(workdir: Path, step: int) -> dict[str, np.ndarray]:
     return {name: np.asarray(leaf) for name, leaf in named(state).items()}
 
 
-def _records(workdir: Path) -> dict[int, list[str]]:
+def _records(workdir: epath.Path) -> dict[int, list[str]]:
     """Names by step, of the last time that a step was done."""
     lines = (workdir / "records.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines if line.endswith("}")]

@@ -10,12 +10,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-from pathlib import Path
+import os
 from typing import Any
 
 import ml_collections
+from etils import epath
 
-from duc_dlc_jax import checkpoints, sharding
+from duc_dlc_jax import checkpoints, sharding, storage
 from duc_dlc_jax import config as config_lib
 from duc_dlc_jax.data.labels import LabelSpec
 from duc_dlc_jax.export import bundle as bundles
@@ -37,16 +38,16 @@ class Run:
     model: Any  # a Segmenter, or of a bundle a BundleModel
     variables: dict[str, Any]  # {params, batch_stats}, on every device; of a bundle {}
     step: int
-    workdir: Path
+    workdir: epath.Path
 
 
-def write(workdir: Path, config: ml_collections.ConfigDict, spec: LabelSpec) -> None:
+def write(workdir: epath.Path, config: ml_collections.ConfigDict, spec: LabelSpec) -> None:
     workdir.mkdir(parents=True, exist_ok=True)
     (workdir / "config.json").write_text(config_lib.to_json(config) + "\n")
     (workdir / "labels.json").write_text(spec.to_json() + "\n")
 
 
-def check_new(workdir: Path) -> None:
+def check_new(workdir: epath.Path) -> None:
     """Raises ConfigError where a run is already."""
     for name in ("config.json", "checkpoints"):
         if (workdir / name).exists():
@@ -56,7 +57,7 @@ def check_new(workdir: Path) -> None:
 
 
 def create(
-    workdir: Path,
+    workdir: epath.Path,
     config: ml_collections.ConfigDict,
     spec: LabelSpec,
     state: TrainState,
@@ -72,7 +73,7 @@ def create(
     write(workdir, config, spec)
 
 
-def changed_fields(workdir: Path, config: ml_collections.ConfigDict) -> dict[str, tuple]:
+def changed_fields(workdir: epath.Path, config: ml_collections.ConfigDict) -> dict[str, tuple]:
     """Fields whose value differs from the one the workdir was last trained with: (old, new)."""
     path = workdir / "config.json"
     if not path.exists():
@@ -83,12 +84,14 @@ def changed_fields(workdir: Path, config: ml_collections.ConfigDict) -> dict[str
 
 
 def described(
-    workdir: Path,
+    workdir: epath.Path,
 ) -> tuple[ml_collections.ConfigDict, LabelSpec, segmenter.Segmenter]:
     """Configuration, classes and network of a run.
 
-    Raises FileNotFoundError for a folder that is no workdir.
+    Raises FileNotFoundError for a folder that is no workdir, ConfigError for an object store that
+    cannot be used.
     """
+    storage.check(workdir)
     for name in ("config.json", "labels.json", "checkpoints"):
         if not (workdir / name).exists():
             raise FileNotFoundError(
@@ -100,17 +103,17 @@ def described(
     return config, spec, segmenter.create(config.model, spec.num_classes)
 
 
-def opened(workdir: Path) -> contextlib.closing[checkpoints.Checkpoints]:
+def opened(workdir: epath.Path) -> contextlib.closing[checkpoints.Checkpoints]:
     """The run's checkpoints, as a context."""
     return contextlib.closing(checkpoints.Checkpoints(workdir))
 
 
-def load(workdir: str | Path, checkpoint: str = "best") -> Run:
+def load(workdir: str | os.PathLike, checkpoint: str = "best") -> Run:
     """The network of a workdir at checkpoint "best" (Final Score), "latest" or a step ("1000").
 
     Raises FileNotFoundError for a folder that is no workdir and for a checkpoint that is not there.
     """
-    workdir = Path(workdir)
+    workdir = storage.path(workdir)
     config, spec, model = described(workdir)
     with opened(workdir) as saved:
         step = saved.named_step(checkpoint)
@@ -119,7 +122,7 @@ def load(workdir: str | Path, checkpoint: str = "best") -> Run:
     return Run(config, spec, model, variables, step, workdir)
 
 
-def load_any(path: str | Path, checkpoint: str = "best", form: str = "") -> Run:
+def load_any(path: str | os.PathLike, checkpoint: str = "best", form: str = "") -> Run:
     """The network of a workdir, or the model of a bundle in the format `form` ("": its first).
 
     Raises FileNotFoundError for a folder that is neither.
@@ -130,4 +133,4 @@ def load_any(path: str | Path, checkpoint: str = "best", form: str = "") -> Run:
     training = bundle.manifest["training"]
     config = config_lib.from_json(json.dumps(training["config"]))
     model = runtimes.BundleModel(bundle, form)
-    return Run(config, bundle.spec, model, {}, training["step"], bundle.path)
+    return Run(config, bundle.spec, model, {}, training["step"], epath.Path(bundle.path))

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import json
+import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from absl import logging
+from etils import epath
 
+from duc_dlc_jax import storage
 from duc_dlc_jax.errors import NotFinite
 
 
@@ -21,25 +23,23 @@ class Writer:
     """Scalars to `metrics.jsonl`; with pictures and texts to TensorBoard by CLU's SummaryWriter.
 
     Process 0 writes; the others do nothing. CLU's writers need TensorFlow (imported here and not
-    before): without it the JSON lines remain, after one warning.
+    before): without it the JSON lines remain, after one warning. In an object store both are
+    uploaded by `flush`.
     """
 
-    def __init__(self, workdir: Path, first_step: int):
+    def __init__(self, workdir: epath.Path, first_step: int):
         """first_step: updates done so far; lines of later steps, which will be redone, go."""
         self._lines, self._events = None, None
         if jax.process_index() != 0:
             return
         path = workdir / "metrics.jsonl"
-        old = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        old = storage.read(path).splitlines()
         kept = [
             line for line in old if line.endswith("}") and json.loads(line)["step"] <= first_step
         ]
-        path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-        self._lines = open(path, "a", encoding="utf-8")  # noqa: SIM115
+        self._lines = storage.Lines(path, kept)
         try:
-            from clu import metric_writers
-
-            self._events = metric_writers.SummaryWriter(str(workdir))
+            self._events = _Events(workdir)
         except ImportError as error:
             logging.warning("no TensorBoard events, only metrics.jsonl: %s", error)
 
@@ -48,30 +48,64 @@ class Writer:
         values = {name: float(value) for name, value in values.items()}
         if self._lines:
             finite = {n: v if np.isfinite(v) else None for n, v in values.items()}
-            self._lines.write(json.dumps({"step": step, **finite}) + "\n")
-            self._lines.flush()
+            self._lines.write(json.dumps({"step": step, **finite}))
         if self._events:
-            self._events.write_scalars(step, values)
+            self._events.writer.write_scalars(step, values)
 
     def images(self, step: int, images: dict[str, np.ndarray]) -> None:
         """uint8 RGB [N, H, W, 3] by name."""
         if self._events:
-            self._events.write_images(step, images)
+            self._events.writer.write_images(step, images)
 
     def texts(self, step: int, texts: dict[str, str]) -> None:
         if self._events:
-            self._events.write_texts(step, texts)
+            self._events.writer.write_texts(step, texts)
 
     def flush(self) -> None:
+        if self._lines:
+            self._lines.flush()
         if self._events:
             self._events.flush()
 
     def close(self) -> None:
-        self.flush()
         if self._lines:
             self._lines.close()
         if self._events:
             self._events.close()
+
+
+class _Events:
+    """TensorBoard's events in the workdir; of an object store in a folder here, and uploaded.
+
+    TensorFlow, which writes them, knows no `s3://`. Raises ImportError without it.
+    """
+
+    def __init__(self, workdir: epath.Path):
+        from clu import metric_writers
+
+        self._workdir, self._folder, self._uploaded = workdir, None, {}
+        if storage.is_remote(workdir):
+            self._folder = tempfile.TemporaryDirectory(prefix="duc_dlc_jax-events-")
+        self.writer = metric_writers.SummaryWriter(
+            self._folder.name if self._folder else str(workdir)
+        )
+
+    def flush(self) -> None:
+        self.writer.flush()
+        for path in epath.Path(self._folder.name).iterdir() if self._folder else ():
+            size = path.stat().length
+            if self._uploaded.get(path.name) != size:
+                try:
+                    (self._workdir / path.name).write_bytes(path.read_bytes())
+                    self._uploaded[path.name] = size
+                except storage.errors() as error:
+                    logging.warning("TensorBoard's events cannot be uploaded: %s", error)
+
+    def close(self) -> None:
+        self.flush()
+        self.writer.close()
+        if self._folder:
+            self._folder.cleanup()
 
 
 class StepFigures:

@@ -9,13 +9,12 @@ within a run from its last checkpoint.
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from typing import Any
 
 from absl import flags
 from ml_collections import config_flags
 
-from duc_dlc_jax import cli
+from duc_dlc_jax import cli, storage
 from duc_dlc_jax.ablate import grid
 from duc_dlc_jax.ablate.results import Results
 from duc_dlc_jax.config import ConfigError
@@ -87,7 +86,9 @@ def write_report(results: Results, output: str, whole: grid.Grid | None) -> None
 
 
 def main(_) -> None:
-    args, results = flags.FLAGS, Results(flags.FLAGS.workdir)
+    args = flags.FLAGS
+    workdir = storage.local("--workdir", args.workdir)
+    results = Results(workdir)
     given = args.config is not None
     whole = grid.load(config_flags.get_config_filename(args["config"])) if given else None
     if args.report:
@@ -106,7 +107,7 @@ def main(_) -> None:
         print(listed(runs, results))
         return
     results.write_grid(whole)
-    cli.use_compilation_cache(Path(args.workdir))
+    cli.use_compilation_cache(workdir)
     limit = args.stop_after_s or args.max_hours * 3600 or float("inf")
     left = train_all(args.config, runs, results, limit, args.weights)
     print(f"{len(runs) - left} of {len(runs)} runs are done; the same command goes on")

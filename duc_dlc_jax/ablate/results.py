@@ -40,7 +40,7 @@ class Results:
     and the folders of `Files`, `crops/label.png` beside their masks.
     """
 
-    def __init__(self, workdir: str | Path):
+    def __init__(self, workdir: str | os.PathLike):
         self.folder = Path(workdir) / "runs"
 
     def path(self, run: Run) -> Path:

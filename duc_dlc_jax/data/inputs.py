@@ -6,6 +6,7 @@ import collections
 import concurrent.futures
 import dataclasses
 import glob
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -81,7 +82,7 @@ class Video:
             yield cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
 
 
-def find(texts: Sequence[str], without: Path) -> list[Input]:
+def find(texts: Sequence[str], without: str | os.PathLike) -> list[Input]:
     """The files, those below folders and those that patterns (`photos/**/*.jpg`) match, sorted.
 
     A folder is searched for images and videos by their names' endings; hidden files and what lies
@@ -99,7 +100,9 @@ def find(texts: Sequence[str], without: Path) -> list[Input]:
         else:
             found = [path] if path.exists() else sorted(map(Path, glob.glob(text, recursive=True)))
             root = _common(found)
-        found = [p for p in found if p.is_file() and without.resolve() not in p.resolve().parents]
+        found = [
+            p for p in found if p.is_file() and Path(without).resolve() not in p.resolve().parents
+        ]
         if not found:
             endings = f" that ends with {', '.join(IMAGES + VIDEOS)}" if path.is_dir() else ""
             raise FileNotFoundError(f"--input={text}: no file{endings}")

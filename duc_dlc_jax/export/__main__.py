@@ -14,7 +14,7 @@ from pathlib import Path
 
 from absl import flags
 
-from duc_dlc_jax import cli, workdirs
+from duc_dlc_jax import cli, storage, workdirs
 from duc_dlc_jax.config import ConfigError
 from duc_dlc_jax.data.records import open_records
 from duc_dlc_jax.export import bundle as bundles
@@ -102,9 +102,10 @@ def main(_) -> None:
     options = manifest.Options(
         tuple(args.format), args.input, args.output_kind, args.dtype, _size(args.size)
     )
-    cli.use_compilation_cache(Path(args.workdir))
+    output = Path(storage.local("--output", args.output))
+    cli.use_compilation_cache(storage.path(args.workdir))
     run = workdirs.load(args.workdir, args.checkpoint)
-    content = export(run, Path(args.output), options, args.images)
+    content = export(run, output, options, args.images)
     _report({form: content["gate"][form] for form in options.formats}, args.output)
 
 

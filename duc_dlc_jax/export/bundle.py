@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -49,11 +50,11 @@ class Bundle:
         return self.path / self.manifest["formats"][form]
 
 
-def is_bundle(path: str | Path) -> bool:
+def is_bundle(path: str | os.PathLike) -> bool:
     return (Path(path) / MANIFEST).is_file()
 
 
-def read(path: str | Path) -> Bundle:
+def read(path: str | os.PathLike) -> Bundle:
     """Raises FileNotFoundError for a folder that is no bundle, DataError for one of another layout.
 
     Reads the manifest alone; `check_sums` looks at every byte.
@@ -80,7 +81,7 @@ def write(path: Path, manifest: dict[str, Any]) -> None:
     (path / SUMS).write_text("".join(f"{_sha256(path / name)}  {name}\n" for name in names))
 
 
-def check_sums(path: str | Path) -> None:
+def check_sums(path: str | os.PathLike) -> None:
     """Raises DataError that names every file of a bundle that is missing, changed or not listed."""
     path = Path(path)
     if not (path / SUMS).is_file():
