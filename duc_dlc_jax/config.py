@@ -59,7 +59,8 @@ def default() -> ml_collections.ConfigDict:
 
     c.data = ml_collections.ConfigDict()
     c.data.name = ""  # a prepared data set: camvid, cityscapes, ade20k, pascal_context, scenes
-    c.data.dir = "data"  # what `duc_dlc_jax.data.prepare --data_dir` wrote
+    c.data.dir = "data"  # what `duc_dlc_jax.data.prepare --data_dir` wrote, s3:// and gs:// too
+    c.data.staging_dir = ""  # records in an object store are copied here; "" = the user's cache
     c.data.train_split = "train"
     c.data.eval_split = "val"
     c.data.base_size = 520  # pixels on the short side that the random scale multiplies [C]

@@ -15,7 +15,6 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 from absl import logging
 from etils import epath
 from etils.epath import gpath
@@ -119,7 +118,7 @@ def check(path: epath.Path, write: bool = False) -> None:
     bucket = "/".join(str(path).split("/")[:3])
     try:
         _list(path, bucket)
-        if write and jax.process_index() == 0:
+        if write:
             probe = path / ".writable"
             probe.write_text("")
             probe.unlink()

@@ -91,6 +91,7 @@ def find(texts: Sequence[str], without: str | os.PathLike) -> list[Input]:
 
     Raises FileNotFoundError, naming the text, where nothing is found.
     """
+    results = Path(without).resolve()
     paths: dict[Path, str] = {}  # and the name without ending
     for text in texts:
         path = Path(text)
@@ -100,9 +101,7 @@ def find(texts: Sequence[str], without: str | os.PathLike) -> list[Input]:
         else:
             found = [path] if path.exists() else sorted(map(Path, glob.glob(text, recursive=True)))
             root = _common(found)
-        found = [
-            p for p in found if p.is_file() and Path(without).resolve() not in p.resolve().parents
-        ]
+        found = [p for p in found if p.is_file() and results not in p.resolve().parents]
         if not found:
             endings = f" that ends with {', '.join(IMAGES + VIDEOS)}" if path.is_dir() else ""
             raise FileNotFoundError(f"--input={text}: no file{endings}")

@@ -5,7 +5,8 @@
 FOLDER may hold the unpacked files or the official archives as downloaded. Every mask is read and
 checked against the label contract. The records, the label specification and the pixel counts
 appear together in DATA_DIR/NAME/VERSION when all is done, or not at all: a killed call can simply
-be repeated. Needs TensorFlow (reading the records does not).
+be repeated. DATA_DIR may be s3://BUCKET/... or gs://BUCKET/...: the records are then written here
+and uploaded, a manifest of their checksums last. Needs TensorFlow (reading the records does not).
 """
 
 from __future__ import annotations
@@ -14,17 +15,18 @@ import contextlib
 import fcntl
 import pathlib
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from absl import app, flags, logging
 
-from duc_dlc_jax import cli
+from duc_dlc_jax import cli, storage
 from duc_dlc_jax.config import ConfigError
-from duc_dlc_jax.data import builders, folders
+from duc_dlc_jax.data import builders, folders, staging
 from duc_dlc_jax.data.builders import files, sources
 from duc_dlc_jax.data.builders.sources import Item, Listing
 from duc_dlc_jax.data.labels import IGNORE, DataError, LabelSpec, is_known, label_spec
 from duc_dlc_jax.data.records import is_prepared, read_spec, summary
+from duc_dlc_jax.models.weights import cache_dir
 
 
 def _source(name: str) -> sources.Source:
@@ -122,6 +124,27 @@ def prepare_folders(
     return folder
 
 
+def placed(name: str, data_dir: str, make: Callable[[str], pathlib.Path]) -> None:
+    """Has `make` prepare into data_dir; for an object store into the user's cache, and uploads it.
+
+    Raises as `make`; ConfigError for a store that cannot be used.
+    """
+    if not storage.is_remote(data_dir):
+        folder = make(data_dir)
+        if not (folder / staging.MANIFEST).exists():  # of an older version
+            staging.write_manifest(folder)
+        return
+    target = builders.prepared_dir(data_dir, name)
+    storage.check(target, write=True)
+    if (target / staging.MANIFEST).exists():
+        print(f"{name} is already prepared in {target}; delete that folder to prepare it again")
+        return
+    folder = make(str(cache_dir() / "prepared"))
+    staging.upload(folder, target)
+    shutil.rmtree(folder)
+    print(f"uploaded to {target}")
+
+
 def images_of(source: sources.Source, listing: Listing) -> dict[str, int]:
     """Returns the number of images of each listed split."""
     return {
@@ -164,6 +187,7 @@ def build(
             shutil.rmtree(leftover, ignore_errors=True)
         try:
             tfds_builder.build(name, splits, spec, str(data_dir), counts, encoding)
+            staging.write_manifest(builders.prepared_dir(data_dir, name))
         finally:
             (parent / ".lock").unlink(missing_ok=True)
 
@@ -221,9 +245,13 @@ def main(argv: list[str]) -> None:
             raise app.UsageError("--images and --labels belong together, without --raw_dir")
         found = folders.inspect(args.images, args.labels, args.classes, name=args.dataset)
         print("\n".join([*found.lines(), ""]))
-        prepare_folders(found, args.data_dir, args.encoding)
+        placed(args.dataset, args.data_dir, lambda d: prepare_folders(found, d, args.encoding))
         return
-    prepare(args.dataset, args.raw_dir, args.data_dir, args.strict, args.encoding)
+    placed(
+        args.dataset,
+        args.data_dir,
+        lambda d: prepare(args.dataset, args.raw_dir, d, args.strict, args.encoding),
+    )
 
 
 if __name__ == "__main__":
@@ -233,6 +261,6 @@ if __name__ == "__main__":
     flags.DEFINE_string("labels", None, "Folder of their masks.")
     flags.DEFINE_string("classes", None, "JSON file that names their classes.")
     flags.DEFINE_enum("encoding", "auto", ["auto", "raw", "png", "jpeg"], "Of the stored pixels.")
-    flags.DEFINE_string("data_dir", "data", "Folder that receives the records.")
+    flags.DEFINE_string("data_dir", "data", "Receives the records; may be s3:// or gs://.")
     flags.DEFINE_bool("strict", False, "Fail on a missing split or an unofficial count.")
     cli.run(main)

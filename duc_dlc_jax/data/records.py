@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from duc_dlc_jax import storage
 from duc_dlc_jax.config import ConfigError
-from duc_dlc_jax.data import builders, codec
+from duc_dlc_jax.data import builders, codec, staging
 from duc_dlc_jax.data.in_flight import InFlight
 from duc_dlc_jax.data.labels import IGNORE, DataError, LabelSpec, label_spec
 
@@ -238,13 +239,16 @@ def find_spec(data: Any) -> LabelSpec:
 def open_records(data: Any, split: str) -> Records:
     """Opens one split of a prepared data set; `data` is `config.data` (name, dir, in_memory).
 
-    `split` may join several: "train+train_extra".
+    `split` may join several: "train+train_extra". From an object store the records are copied to
+    this machine first (`staging.staged`, data.staging_dir).
 
     Raises:
       FileNotFoundError: not prepared; gives the folder and the command that prepares it.
       ConfigError: no such split; lists those there are.
+      DataError: they cannot be copied.
     """
     folder = builders.prepared_dir(data.dir, data.name)
+    storage.check(folder)
     if not is_prepared(folder):
         raise FileNotFoundError(
             f"no prepared records of {data.name!r} in {folder}. Prepare them: "
@@ -254,4 +258,6 @@ def open_records(data: Any, split: str) -> Records:
     for part in split.split("+"):
         if part not in splits:
             raise ConfigError(f"no split {part!r} in {folder}; it has: {', '.join(splits)}")
+    if storage.is_remote(folder):
+        folder = staging.staged(folder, split.split("+"), data.staging_dir)
     return Records(folder, split, data.in_memory)

@@ -19,7 +19,7 @@ from collections.abc import Iterable
 import numpy as np
 from absl import app, flags
 
-from duc_dlc_jax import cli
+from duc_dlc_jax import cli, storage
 from duc_dlc_jax.data import builders, codec, prepare
 from duc_dlc_jax.data.builders import examples, sources
 from duc_dlc_jax.data.builders.sources import Item
@@ -266,6 +266,7 @@ def prepared(data_dir: str, name: str | None) -> list[pathlib.Path]:
     Raises:
       DataError: there is none.
     """
+    storage.local("--data_dir", data_dir)
     names = [name] if name else sorted(p.name for p in pathlib.Path(data_dir).glob("*/"))
     folders = [builders.prepared_dir(data_dir, n) for n in names]
     folders = [folder for folder in folders if prepare.is_prepared(folder)]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pathlib
+from typing import Any
 
+from duc_dlc_jax import storage
 from duc_dlc_jax.data.labels import is_known
 
 VERSION = "2.0.0"  # of the schema; a change of it asks for a new preparation
@@ -13,9 +15,13 @@ TILE = 512  # pixels; images of more than TILE_ABOVE pixels are stored in square
 TILE_ABOVE = 2**20
 
 
-def prepared_dir(data_dir: str | pathlib.Path, name: str) -> pathlib.Path:
-    """Returns the folder of a prepared data set, whether or not it exists."""
-    return pathlib.Path(data_dir) / name / VERSION
+def prepared_dir(data_dir: str | pathlib.Path, name: str) -> Any:
+    """Returns the folder of a prepared data set, whether or not it exists.
+
+    A pathlib.Path; in an object store an epath.Path.
+    """
+    root = storage.path(data_dir) if storage.is_remote(data_dir) else pathlib.Path(data_dir)
+    return root / name / VERSION
 
 
 def index_file(split: str) -> str:
