@@ -3,13 +3,13 @@
 PYTHON ?= python3
 VENV ?= .venv
 # PyTorch serves the parity tests alone and is tested on Python 3.11; without it they are skipped.
-EXTRAS ?= $(shell $(PYTHON) -c 'import sys; print("dev,export,torch" if sys.version_info[:2] == (3, 11) else "dev,export")')
+EXTRAS ?= $(shell $(PYTHON) -c 'import sys; print("dev,export,cloud,torch" if sys.version_info[:2] == (3, 11) else "dev,export,cloud")')
 PYTEST_ARGS ?= -n 2 --dist loadfile
 
 comma := ,
 space := $(subst ,, )
 # What the fast suite leaves out; each has a target.
-MARKS := commands parity fault multiprocess slurm browser installed export real_data
+MARKS := commands parity fault multiprocess object_store slurm browser installed export real_data
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
 PYTEST := $(BIN)/python -m pytest
@@ -20,7 +20,7 @@ export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
-.PHONY: help install demo test test-commands test-parity test-fault test-multiprocess test-slurm test-browser test-installed test-export test-real-data test-all conversion lint format bench clean
+.PHONY: help install demo test test-commands test-parity test-fault test-multiprocess test-object-store test-slurm test-browser test-installed test-export test-real-data test-all conversion lint format bench clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -54,6 +54,9 @@ test-fault: install  ## runs that are killed and resume
 test-multiprocess: install  ## several processes as one run
 	$(PYTEST) -m multiprocess
 
+test-object-store: install  ## workdir and records on S3 and Google stores of this machine
+	$(PYTEST) -m object_store
+
 test-slurm: install  ## jobs of a real Slurm; needs slurm-wlm, munge and root
 	$(PYTEST) -m slurm
 
@@ -69,7 +72,7 @@ test-export: install  ## deep networks as bundles, and the C++ example: needs cm
 test-real-data: install  ## needs DUC_DLC_SHARED_DATA, see CONTRIBUTING.md
 	$(PYTEST) -m real_data
 
-test-all: test test-commands test-parity test-fault test-multiprocess test-slurm test-browser test-installed test-export test-real-data  ## every suite
+test-all: test test-commands test-parity test-fault test-multiprocess test-object-store test-slurm test-browser test-installed test-export test-real-data  ## every suite
 
 conversion: install  ## the rows of the matrix in docs/conversion.md
 	@$(PYTEST) -q -s -m "parity or export" tests/test_layouts.py tests/test_import_model.py tests/test_export_deep.py | grep "^|"

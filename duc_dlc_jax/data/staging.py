@@ -78,9 +78,8 @@ def upload(folder: pathlib.Path, target: epath.Path) -> None:
     with _progress(total, f"to {target}: MB") as add:
 
         def put(name: str) -> None:
-            _tried(
-                lambda: storage.filesystem(target).put_file(str(folder / name), f"{target}/{name}")
-            )
+            source, there = str(folder / name), f"{target}/{name}"
+            _tried(there, lambda: storage.filesystem(target).put_file(source, there))
             add(files[name]["size"])
 
         _in_threads(put, files)
@@ -175,37 +174,40 @@ def _fetch(
 ) -> None:
     """Copies one file, from where an earlier call stopped; raises DataError if it stays wrong."""
     store, source, part = storage.filesystem(remote), f"{remote}/{name}", folder / (name + PART)
+    size = file["size"]
+    found = _tried(source, lambda: store.info(source)["size"])
+    if found != size:
+        raise DataError(f"{source} has {found} bytes instead of {size}: upload the records again")
     for trial in range(TRIALS):
         with open(part, "ab") as target:
-            if target.tell() > file["size"]:
+            if target.tell() > size:
                 target.truncate(0)
             add(target.tell() if trial == 0 else 0)
-            while (start := target.tell()) < file["size"]:
-                end = min(start + BLOCK, file["size"])
-                block = _tried(lambda s=start, e=end: store.cat_file(source, start=s, end=e))
-                if not block:
-                    break  # it is shorter than it was
+            while (start := target.tell()) < size:
+                end = min(start + BLOCK, size)
+                block = _tried(
+                    source, lambda s=start, e=end: store.cat_file(source, start=s, end=e)
+                )
                 target.write(block)
                 add(len(block) if trial == 0 else 0)
-        if _size(part) == file["size"] and sha256(part) == file["sha256"]:
+        if _size(part) == size and sha256(part) == file["sha256"]:
             part.replace(folder / name)
             return
-        logging.warning("%s is not what was prepared: copied again", source)
+        logging.warning("%s has another SHA-256 than in %s: copied again", source, MANIFEST)
         part.unlink()
     raise DataError(
-        f"{source} is not what was prepared ({TRIALS} trials): its size or SHA-256 differs from "
-        f"{MANIFEST}'s. Upload the records again"
+        f"{source} has another SHA-256 than in {MANIFEST}, {TRIALS} times: upload the records again"
     )
 
 
-def _tried(request: Callable[[], Any]) -> Any:
-    """The request's answer, tried up to `TRIALS` times; every failure is an OSError."""
+def _tried(name: str, request: Callable[[], Any]) -> Any:
+    """The request's answer, tried up to `TRIALS` times; a failure is an OSError with the name."""
     for trial in range(TRIALS):
         try:
             return request()
         except storage.errors() as error:
             if isinstance(error, FileNotFoundError | PermissionError) or trial == TRIALS - 1:
-                raise OSError(str(error) or type(error).__name__) from error
+                raise OSError(f"{name}: {error or type(error).__name__}") from error
             time.sleep(2**trial)
     raise AssertionError
 
