@@ -68,7 +68,7 @@ class Checkpoints:
         training: bool = False,
     ):
         """training: this is the one run that saves here; what a killed save left is removed."""
-        self._training = training
+        self._training, self._failed = training, False
         self.directory = storage.absolute(storage.path(workdir)) / "checkpoints"
         self._open = functools.partial(self._manager_of, keep_latest, keep_best)
         self._set_aside(self._with_bad_scores())
@@ -183,6 +183,7 @@ class Checkpoints:
             raise self._save_error(error) from error
 
     def _save_error(self, error: Exception) -> CheckpointError:
+        self._failed = True
         where, mend = str(self.directory), "mend what it says"
         if not storage.is_remote(where):
             free = shutil.disk_usage(self.directory).free
@@ -335,7 +336,12 @@ class Checkpoints:
             raise self._save_error(error) from error
 
     def close(self) -> None:
-        self._manager.close()
+        """Raises CheckpointError for a failed save of which no other call has told."""
+        try:
+            self._manager.close()
+        except storage.errors() as error:
+            if not self._failed:
+                raise self._save_error(error) from error
 
 
 def named(tree: Any) -> dict[str, Any]:

@@ -90,7 +90,10 @@ def absolute(path: epath.Path) -> epath.Path:
 def move(source: epath.Path, target: epath.Path) -> None:
     """Moves a folder; in an object store each object is copied, then deleted."""
     if is_remote(source):
-        filesystem(source).mv(str(source), str(target), recursive=True)
+        store, bare = filesystem(source), str(source).partition("://")[2]
+        for name in store.find(bare):
+            store.cp_file(name, str(target).partition("://")[2] + name.removeprefix(bare))
+        store.rm(bare, recursive=True)
     else:
         target.parent.mkdir(exist_ok=True)
         source.rename(target)

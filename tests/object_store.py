@@ -93,8 +93,10 @@ class GCS:
     scheme = "gs"
 
     def __init__(self):
+        from gcp_storage_emulator.handlers import objects
         from gcp_storage_emulator.server import create_server
 
+        objects.download = _with_generation(objects.download)
         port = free_port()
         self._server = create_server("127.0.0.1", port, in_memory=True, default_bucket=BUCKET)
         self._server.start()
@@ -124,6 +126,18 @@ class GCS:
 
     def delete(self, name: str) -> None:
         self._fs.rm_file(f"{BUCKET}/{name}")
+
+
+def _with_generation(download):
+    """The emulator's handler with the header that Google sends and TensorStore's OCDBT needs."""
+
+    def handler(request, response, storage, *args, **kwargs):
+        with contextlib.suppress(Exception):  # the handler says what is wrong
+            bucket, name = request.params["bucket_name"], request.params["object_id"]
+            response["x-goog-generation"] = storage.get_file_obj(bucket, name)["generation"]
+        return download(request, response, storage, *args, **kwargs)
+
+    return handler
 
 
 @contextlib.contextmanager
