@@ -30,7 +30,10 @@ IMPORT_NAMES = {
     "cv2": "opencv-python-headless",
     "orbax": "orbax-checkpoint",
 }
-EXTRAS_BY_FILE = {"duc_dlc_jax/ablate/plots.py": "plots"}  # modules that only an extra can run
+EXTRAS_BY_FILE = {
+    "duc_dlc_jax/storage.py": "cloud",
+    "duc_dlc_jax/ablate/plots.py": "plots",
+}  # modules that only an extra can run
 
 
 def canonical(requirement: str) -> str:
@@ -56,7 +59,7 @@ def tracked_texts():
 
 
 def test_extras_exist():
-    assert sorted(EXTRAS) == ["cuda", "dev", "export", "plots", "torch", "tpu"]
+    assert sorted(EXTRAS) == ["cloud", "cuda", "dev", "export", "plots", "torch", "tpu"]
 
 
 def test_python_range_is_that_of_the_workflow():

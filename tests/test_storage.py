@@ -1,0 +1,109 @@
+"""Paths in object stores, as far as no server is needed: see test_object_store.py for the rest."""
+
+import importlib.util
+import json
+
+import pytest
+from etils import epath
+from orbax.checkpoint._src.serialization import tensorstore_utils
+
+from duc_dlc_jax import s3_arrays, storage
+from duc_dlc_jax.config import ConfigError
+from duc_dlc_jax.data import staging
+from duc_dlc_jax.data.labels import DataError
+
+
+@pytest.mark.parametrize(("scheme", "package"), [("s3", "s3fs"), ("gs", "gcsfs")])
+def test_a_missing_package_says_how_to_install_it(scheme, package, monkeypatch):
+    find = importlib.util.find_spec
+    hidden = lambda name, *rest: None if name == package else find(name, *rest)  # noqa: E731
+    monkeypatch.setattr(storage.importlib.util, "find_spec", hidden)
+    storage._use_fsspec.cache_clear()
+    with pytest.raises(ConfigError, match=rf"{package}: pip install 'duc-dlc-jax\[cloud\]'"):
+        storage.path(f"{scheme}://bucket/run")
+
+
+def test_other_stores_and_flags_that_need_a_disk_are_refused():
+    with pytest.raises(ConfigError, match=r"az://.*allowed: s3://BUCKET, gs://BUCKET"):
+        storage.path("az://container/run")
+    with pytest.raises(ConfigError, match=r"--output=s3://bucket/x must be on a disk"):
+        storage.local("--output", "s3://bucket/x")
+    assert storage.local("--output", "results") == epath.Path("results")
+
+
+def test_orbax_describes_s3_to_tensorstore(monkeypatch):
+    """Also the layers of OCDBT; what lies on a disk or in gs:// is described as before."""
+    for name in ("AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_ACCESS_KEY_ID"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://localhost:9000")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "eu-west-1")
+    monkeypatch.setenv(s3_arrays.RETRIES, "3")
+    s3_arrays.enable()
+    s3_arrays.enable()
+    build = tensorstore_utils.build_kvstore_tspec
+    retries = {"max_retries": 3, "initial_delay": "500ms", "max_delay": "16s"}
+    expected = {
+        "driver": "s3",
+        "bucket": "bucket",
+        "path": "run/checkpoints/4/state",
+        "endpoint": "http://localhost:9000",
+        "aws_region": "eu-west-1",
+        "s3_request_retries": retries,
+    }
+    assert build("s3://bucket/run/checkpoints/4/state", use_ocdbt=False) == expected
+    layered = build("s3://bucket/run/checkpoints/4/state", "params", use_ocdbt=True)
+    assert (layered["driver"], layered["base"], layered["path"]) == ("ocdbt", expected, "params")
+    google = build("gs://bucket/run", use_ocdbt=False)
+    assert google == {
+        "driver": "gcs",
+        "bucket": "bucket",
+        "path": "run",
+        "gcs_request_retries": retries,
+    }
+    assert build("/disk/run", use_ocdbt=False) == {"driver": "file", "path": "/disk/run"}
+
+
+def test_what_is_the_store_s_fault():
+    assert storage.is_trouble(ValueError("UNAVAILABLE: Error reading x"))
+    assert storage.is_trouble(PermissionError("Forbidden"))
+    assert not storage.is_trouble(ValueError("DATA_LOSS: Error decoding x"))
+
+
+def test_lines_grow_on_a_disk(tmp_path):
+    path = epath.Path(tmp_path) / "metrics.jsonl"
+    lines = storage.Lines(path, ["old"])
+    lines.write("new")
+    assert path.read_text() == "old\nnew\n"
+    lines.close()
+    more = storage.Lines(path)
+    more.write("newer")
+    more.close()
+    assert storage.read(path) == "old\nnew\nnewer\n"
+    assert storage.read(epath.Path(tmp_path) / "nothing") == ""
+
+
+def test_manifests(tmp_path):
+    (tmp_path / "mine-train.array_record-00000-of-00001").write_bytes(b"records")
+    (tmp_path / "summary.json").write_text("{}")
+    files = staging.write_manifest(tmp_path)
+    assert files == staging.write_manifest(tmp_path) == staging.read_manifest(epath.Path(tmp_path))
+    assert files["summary.json"]["size"] == 2
+    assert set(files) == {"mine-train.array_record-00000-of-00001", "summary.json"}
+    (tmp_path / staging.MANIFEST).write_text(json.dumps({"summary.json": 2}))
+    with pytest.raises(DataError, match="is no manifest"):
+        staging.read_manifest(epath.Path(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("file", "needed"),
+    [
+        ("my-set-val.array_record-00000-of-00002", True),
+        ("my-set-train.array_record-00000-of-00001", False),
+        ("my-set-train_extra.array_record-00000-of-00001", False),
+        ("index-val.npz", True),
+        ("index-train.npz", False),
+        ("features.json", True),
+    ],
+)
+def test_only_the_files_of_a_split_are_needed(file, needed):
+    assert bool(staging._pattern("my-set", ["val"]).fullmatch(file)) == needed
