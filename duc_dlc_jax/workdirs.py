@@ -48,7 +48,8 @@ def write(workdir: epath.Path, config: ml_collections.ConfigDict, spec: LabelSpe
 
 
 def check_new(workdir: epath.Path) -> None:
-    """Raises ConfigError where a run is already."""
+    """Raises ConfigError where a run is already, and where nothing can be written to a store."""
+    storage.check(workdir, write=True)
     for name in ("config.json", "checkpoints"):
         if (workdir / name).exists():
             raise config_lib.ConfigError(
