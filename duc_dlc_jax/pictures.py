@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -37,7 +38,7 @@ def write_triples(folder: epath.Path, examples: Sequence[dict[str, Any]], spec: 
         write_png(folder / f"{file_name(example['name'])}.png", triple(example, spec))
 
 
-def write_ids(path: epath.Path, ids: np.ndarray, spec: LabelSpec) -> None:
+def write_ids(path: str | os.PathLike, ids: np.ndarray, spec: LabelSpec) -> None:
     """Train ids uint8 [H, W] as a palette PNG: pixel values are the ids, viewers show colours.
 
     Ignored pixels are black.

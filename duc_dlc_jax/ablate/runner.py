@@ -20,6 +20,7 @@ import jax
 import ml_collections
 import numpy as np
 from absl import logging
+from etils import epath
 
 from duc_dlc_jax import describe, evaluate, initial, pictures, protocols, sharding
 from duc_dlc_jax import optimizer as optimizers
@@ -197,7 +198,7 @@ class Trainer:
             return None
         from duc_dlc_jax import checkpoints, workdirs
 
-        workdirs.write(folder, config, self._data.train.spec)
+        workdirs.write(epath.Path(folder), config, self._data.train.spec)
         return stack.enter_context(
             contextlib.closing(checkpoints.Checkpoints(folder, training=True))
         )
