@@ -53,9 +53,7 @@ def merged_statistics(running: Any, parts: Any, momentum: float) -> Any:
     means. Each part counts alike, with `bn_padding="masked"` too.
     """
     if "mean" not in running:
-        return {
-            name: merged_statistics(running[name], parts[name], momentum) for name in running
-        }
+        return {name: merged_statistics(running[name], parts[name], momentum) for name in running}
     spread = parts["var"].mean(0) + parts["mean"].var(0)
     new = {"mean": parts["mean"].mean(0), "var": spread}
     return {name: momentum * running[name] + (1 - momentum) * new[name] for name in new}

@@ -73,6 +73,7 @@ def test_parts_equal_as_many_groups_of_the_batch(parts):
     assert difference(grouped, parts) < 1e-12
 
 
+@pytest.mark.parity
 def test_parts_are_not_the_batch_where_its_statistics_are_taken(parts):
     """So the test above is not about a network that does not notice."""
     whole = stepped(**BACKBONE)

@@ -8,9 +8,9 @@ fed    training steps fed by the input pipeline beside steps that get one batch 
 layers dilated convolutions, their gradients, and the loss, in each way there is
 growth how FLOPs, bytes and memory of the step grow with pixels, batch, classes and depth
 
-train, infer and growth need no data. The first two say which share of the layer-wise floor is reached, with
---profile where the time of a step goes, and with --peer=torch how PyTorch does the same network in
-alternating rounds of the same run.
+train, infer and growth need no data. The first two say which share of the layer-wise floor is
+reached, with --profile where the time of a step goes, and with --peer=torch how PyTorch does the
+same network in alternating rounds of the same run.
 
 With `--evaluate=1024x2048` it times instead how one image of this size is labelled by `--protocol`,
 and says the most memory that the process had: start a process for each figure.

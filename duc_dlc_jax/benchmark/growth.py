@@ -114,8 +114,7 @@ def table(found: dict[str, list[dict[str, Any]]]) -> str:
     for axis, rows in found.items():
         slopes = exponents(rows)
         cells = (
-            f"{slopes[c]['all']:.2f}, {slopes[c]['last']:.2f}" if c in slopes else ""
-            for c in shown
+            f"{slopes[c]['all']:.2f}, {slopes[c]['last']:.2f}" if c in slopes else "" for c in shown
         )
         lines.append(
             f"| {axis} | {rows[0]['size']:,}, {rows[-1]['size']:,} | " + " | ".join(cells) + " |"

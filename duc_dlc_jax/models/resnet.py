@@ -58,8 +58,8 @@ class ResNet(nn.Module):
     """[B, H, W, 3] -> the outputs of layer1..layer4, 4w, 8w, 16w, 32w channels (w = width).
 
     Grids: 1/4, 1/8, then up to 1/output_stride. Names of parameters follow torchvision's
-    (`layer3.5.conv2` is `layer3_5/conv2`). `valid_sizes`: as in `layers.Conv`; `block`: `Bottleneck`
-    or `nn.remat` of it.
+    (`layer3.5.conv2` is `layer3_5/conv2`). `valid_sizes`: as in `layers.Conv`; `block`:
+    `Bottleneck`, or `nn.remat` of it.
     """
 
     depth: int
