@@ -30,7 +30,10 @@ IMPORT_NAMES = {
     "cv2": "opencv-python-headless",
     "orbax": "orbax-checkpoint",
 }
-EXTRAS_BY_FILE = {"duc_dlc_jax/ablate/plots.py": "plots"}  # modules that only an extra can run
+EXTRAS_BY_FILE = {  # modules that only an extra can run
+    "duc_dlc_jax/ablate/plots.py": "plots",
+    "duc_dlc_jax/benchmark/plots.py": "plots",
+}
 
 
 def canonical(requirement: str) -> str:

@@ -147,7 +147,9 @@ def measure_growth(args: Any) -> dict[str, Any]:
     found = growth.sweep(args.config, values, timed)
     print(growth.table(found))
     if args.plot:
-        growth.plot(found, Path(args.plot))
+        from duc_dlc_jax.benchmark import plots  # late: an extra
+
+        plots.growth(found, Path(args.plot))
     slopes = {axis: growth.exponents(rows) for axis, rows in found.items()}
     return {"growth": found, "exponents": slopes, "jax": jax.__version__}
 

@@ -8,9 +8,7 @@ x, by least squares over all values and, where a fixed part hides it, between th
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -64,7 +62,9 @@ def measure(
 
 
 def sweep(
-    config: ml_collections.ConfigDict, values: dict[str, Sequence[int]], timed: Sequence[str] = ()
+    config: ml_collections.ConfigDict,
+    values: Mapping[str, Sequence[int]],
+    timed: Sequence[str] = (),
 ) -> dict[str, list[dict[str, Any]]]:
     """{axis: [{value, size, *COSTS}]}; values: of each axis to measure; timed: axes with seconds.
 
@@ -120,27 +120,3 @@ def table(found: dict[str, list[dict[str, Any]]]) -> str:
             f"| {axis} | {rows[0]['size']:,}, {rows[-1]['size']:,} | " + " | ".join(cells) + " |"
         )
     return "\n".join(lines)
-
-
-def plot(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
-    """Costs over each axis, both relative to their first value; needs matplotlib."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    columns = math.ceil(len(found) / 2)
-    figure, grid = plt.subplots(2, columns, figsize=(4 * columns, 6.5), squeeze=False)
-    for axes, (axis, rows) in zip(grid.flat, found.items(), strict=False):
-        x = np.array([row["size"] for row in rows])
-        for cost in (c for c in COSTS if c in rows[0]):
-            y = np.array([row[cost] for row in rows])
-            axes.loglog(x, y / y[0], marker="o", label=COSTS[cost][0])
-        axes.loglog(x, x / x[0], "k:", label="linear")
-        axes.set(xlabel=axis, ylabel="cost over the first")
-        axes.set_xticks(x, [f"{n:,}" for n in x])
-        axes.minorticks_off()
-    grid.flat[0].legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=120, metadata={"Software": None})
-    plt.close(figure)
