@@ -7,9 +7,10 @@ import math
 import re
 from collections.abc import Iterable
 
+from duc_dlc_jax import programs
+
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all")
 _CALL = re.compile(rf"= (?P<result>.*?) (?P<kind>{'|'.join(KINDS)})(?P<start>-start)?\(")
-_ARRAY = re.compile(r"\b(?P<dtype>pred|[a-z]+\d+\w*)\[(?P<shape>[\d,]*)\]")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,6 +22,7 @@ class Collective:
       bytes: of its result on one device; what all-reduces and permutes are given is as large.
       group: devices that take part together (of a permute: 2).
       elements: of its largest array.
+      times: how often it runs: more than once in a loop.
       source: the operation of the model that it serves, as the program names it.
     """
 
@@ -29,47 +31,46 @@ class Collective:
     group: int
     elements: int
     source: str
+    times: int = 1
 
 
 def collectives(text: str) -> list[Collective]:
-    """Those of a compiled program (`compiled.as_text()`), in its order; loops count once."""
-    found = []
+    """Those of a compiled program (`compiled.as_text()`), in its order."""
+    found, times = [], 1
+    runs = programs.runs(*programs.computations(text))
     for line in text.splitlines():
+        if name := programs.head(line):
+            times = runs.get(name, 1)
         call = _CALL.search(line)
         if not call:
             continue
-        arrays = [_array(match) for match in _ARRAY.finditer(call["result"])]
+        arrays = programs.arrays(call["result"])
         if call["start"] and call["kind"] == "collective-permute":  # operand, result, flags
             arrays = arrays[1:2]
         elif call["start"] and call["kind"] != "all-reduce":  # operands, results
             arrays = arrays[len(arrays) // 2 :]
-        name = re.search(r'op_name="([^"]*)"', line)
+        source = re.search(r'op_name="([^"]*)"', line)
         found.append(
             Collective(
                 call["kind"],
-                sum(size * elements for elements, size in arrays),
+                sum(size * math.prod(shape) for size, shape in arrays),
                 2 if call["kind"] == "collective-permute" else _group(line),
-                max(elements for elements, _ in arrays),
-                name[1] if name else "",
+                max(math.prod(shape) for _, shape in arrays),
+                source[1] if source else "",
+                times,
             )
         )
     return found
 
 
 def totals(found: Iterable[Collective]) -> dict[str, dict[str, int]]:
-    """{kind: {count, bytes}}, kinds that occur."""
+    """{kind: {count, bytes}}, kinds that occur; those in loops as often as they run."""
     result: dict[str, dict[str, int]] = {}
     for one in found:
         row = result.setdefault(one.kind, {"count": 0, "bytes": 0})
-        row["count"] += 1
-        row["bytes"] += one.bytes
+        row["count"] += one.times
+        row["bytes"] += one.times * one.bytes
     return result
-
-
-def _array(match: re.Match) -> tuple[int, int]:
-    """(elements, bytes of one)."""
-    bits = 8 if match["dtype"] == "pred" else int(re.findall(r"\d+", match["dtype"])[0])
-    return math.prod(int(n) for n in match["shape"].split(",") if n), max(bits // 8, 1)
 
 
 def _group(line: str) -> int:

@@ -41,6 +41,7 @@ CHOICES = {
     "model.bn_groups": ("global", "host", "device"),
     "model.bn_running_variance": ("biased", "unbiased"),
     "model.bn_padding": ("counted", "masked"),
+    "model.remat": ("none", "blocks", "all"),
     "loss.class_balance": ("none", "inverse_log", "median_frequency"),
     "optimizer.name": ("sgd", "adamw"),
     "eval.mode": ("whole", "sliding", "source_code"),
@@ -111,6 +112,7 @@ def default() -> ml_collections.ConfigDict:
     c.model.bn_frozen = False  # use and keep the running statistics in training
     c.model.bn_running_variance = "biased"  # biased (Flax) or unbiased (PyTorch)
     c.model.bn_padding = "counted"  # padding of crops in the statistics: counted [C] or masked
+    c.model.remat = "none"  # activations computed again in the backward pass: none, blocks, all
 
     c.init = ml_collections.ConfigDict()
     c.init.weights = ""  # backbone: a name or a file, docs/conversion.md; empty = from scratch
@@ -147,6 +149,7 @@ def default() -> ml_collections.ConfigDict:
 
     c.train = ml_collections.ConfigDict()
     c.train.batch_size = 16  # images a step, over all devices
+    c.train.accumulate = 1  # parts that a step takes its batch in, one after the other
     c.train.epochs = 120.0
     c.train.steps = 0  # > 0 replaces epochs
     c.train.log_every = 50  # steps
@@ -206,6 +209,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
         if values[name] not in allowed:
             raise ConfigError(f"{name}={values[name]!r}; allowed: {', '.join(map(repr, allowed))}")
     positive = ("data.crop_size", "data.base_size", "data.scale_min", "train.batch_size")
+    positive += ("train.accumulate",)
     positive += ("train.log_every", "train.checkpoint_every", "eval.batch_size", "model.width")
     for name in positive:
         if not values[name] > 0:
@@ -239,6 +243,13 @@ def validate(config: ml_collections.ConfigDict) -> None:
         )
     if values["init.weights"] and values["init.checkpoint"]:
         raise ConfigError("init.weights and init.checkpoint are both set: keep one of them")
+    if values["train.accumulate"] > 1 and values["loss.ohem_threshold"]:
+        raise ConfigError(
+            f"train.accumulate={values['train.accumulate']} and loss.ohem_threshold="
+            f"{values['loss.ohem_threshold']} are both set: which pixels of a batch are its "
+            "hardest is known only when all of it is there. Use train.accumulate=1, and "
+            "model.remat='all' where memory is short"
+        )
     if not (values["train.steps"] > 0 or values["train.epochs"] > 0):
         raise ConfigError("train.steps and train.epochs are both 0: set one of them")
 

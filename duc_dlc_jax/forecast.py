@@ -22,11 +22,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import ml_collections
+from jax.sharding import Mesh
 
 import duc_dlc_jax
-from duc_dlc_jax import collectives, sharding
+from duc_dlc_jax import collectives, programs, sharding
 from duc_dlc_jax import config as config_lib
 from duc_dlc_jax import optimizer as optimizers
+from duc_dlc_jax.data.labels import IGNORE
 from duc_dlc_jax.data.records import find_spec
 from duc_dlc_jax.models import segmenter
 from duc_dlc_jax.train_step import create_state, make_train_step
@@ -86,14 +88,13 @@ def on_topology(config: ml_collections.ConfigDict, name: str, effort: bool) -> d
             "pip install -c constraints.txt '.[tpu]'"
         ) from error
     found = _compiled(config, devices, None if effort else QUICK)
-    return found | predicted(found, config.train.batch_size, CHIPS[kind])
+    parts = config.train.accumulate
+    return found | predicted(found, config.train.batch_size, CHIPS[kind], parts)
 
 
-def _compiled(config, devices: Sequence[Any], options: dict | None = None) -> dict[str, Any]:
-    mesh = sharding.training_mesh(config, devices)
-    model = segmenter.create(
-        config.model, find_spec(config.data).num_classes, sharding.bn_groups(config, mesh)
-    )
+def lowered_step(config: ml_collections.ConfigDict, classes: int, mesh: Mesh) -> Any:
+    """The training step of `config` over a mesh, traced for its batch and ready to compile."""
+    model = segmenter.create(config.model, classes, sharding.bn_groups(config, mesh))
     optimizer = optimizers.create(config.optimizer, config.train.steps or 1000)
     size, batch = config_lib.crop_shape(config.data), config.train.batch_size
 
@@ -104,31 +105,42 @@ def _compiled(config, devices: Sequence[Any], options: dict | None = None) -> di
     everywhere = sharding.replicated(mesh)
     state = jax.eval_shape(lambda: create_state(model, optimizer, config))
     state = sharding.shapes(state, everywhere)
-    data = {
-        "image": struct((batch, *size, 3), jnp.uint8),
-        "label": struct((batch, *size), jnp.uint8),
-    }
+    # Labels are uint8 in records; a byte more is for class counts that no data set has.
+    label = jnp.uint8 if classes <= IGNORE else jnp.uint16
+    data = {"image": struct((batch, *size, 3), jnp.uint8), "label": struct((batch, *size), label)}
     if config.model.bn_padding == "masked":
         data["valid"] = struct((batch, 2), jnp.int32)
-    step = sharding.jit_train_step(make_train_step(model, optimizer, config), mesh)
-    compiled = step.lower(state, data).compile(options)
-    memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
+    step = make_train_step(model, optimizer, config, [1] * classes)
+    return sharding.jit_train_step(step, mesh).lower(state, data)
+
+
+def _compiled(config, devices: Sequence[Any], options: dict | None = None) -> dict[str, Any]:
+    mesh, start = sharding.training_mesh(config, devices), time.monotonic()
+    compiled = lowered_step(config, find_spec(config.data).num_classes, mesh).compile(options)
+    seconds = time.monotonic() - start
+    memory, (flops, moved) = compiled.memory_analysis(), programs.cost(compiled)
     return {
         "mesh": dict(mesh.shape),
-        "flops_per_device": cost["flops"],
-        "bytes_accessed_per_device": cost.get("bytes accessed", 0.0),
+        "flops_per_device": flops,
+        "bytes_accessed_per_device": moved,
         "collectives_per_device": collectives.totals(collectives.collectives(compiled.as_text())),
         "state_bytes": memory.argument_size_in_bytes,
         "temporary_bytes": memory.temp_size_in_bytes,
+        "memory_bytes": sharding.bytes_per_device(compiled),
+        "compile_seconds": seconds,
     }
 
 
-def predicted(found: dict[str, Any], batch_size: int, chip: Chip) -> dict[str, Any]:
-    """Memory, step time and efficiency from what `_compiled` found; see `text`."""
-    need = found["state_bytes"] + found["temporary_bytes"]
-    rows = max(batch_size // found["mesh"]["data"], 1)
+def predicted(found: dict[str, Any], batch_size: int, chip: Chip, parts: int = 1) -> dict:
+    """Memory, step time and efficiency from what `_compiled` found; see `text`.
+
+    parts: `train.accumulate`, of which one is in memory.
+    """
+    need = found["memory_bytes"]
+    rows = max(batch_size // (found["mesh"]["data"] * parts), 1)
     each = found["temporary_bytes"] / rows
-    most = int((0.95 * chip.memory - found["state_bytes"]) // each) * found["mesh"]["data"]
+    most = int((0.95 * chip.memory - found["state_bytes"]) // each)
+    most *= found["mesh"]["data"] * parts
     work = max(
         found["flops_per_device"] / (SHARE * chip.flops),
         found["bytes_accessed_per_device"] / chip.memory_rate,
@@ -139,7 +151,6 @@ def predicted(found: dict[str, Any], batch_size: int, chip: Chip) -> dict[str, A
     sent = moved / chip.link_rate + count * chip.latency
     return {
         "chip": dataclasses.asdict(chip) | {"share_of_peak": SHARE},
-        "memory_bytes": need,
         "fits": need <= 0.95 * chip.memory,
         "largest_batch": max(most, 0),
         "seconds": {"work": work, "collectives": sent, "step": work + sent},

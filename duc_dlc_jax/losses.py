@@ -88,11 +88,8 @@ def sums(
     """
     counts = labels != IGNORE
     nll = scores.normalizer - scores.target
-    loss, weight = nll, jnp.ones_like(nll)
-    if chosen.class_weights:
-        table = jnp.asarray(chosen.class_weights, nll.dtype)
-        weight = table[jnp.where(counts, labels, 0)]
-        loss = weight * nll
+    weight = pixel_weights(labels, chosen, nll.dtype)
+    loss = weight * nll if chosen.class_weights else nll
     if chosen.label_smoothing:
         total = sum(table_of(chosen, classes))
         others = total * scores.normalizer - scores.weighted
@@ -101,6 +98,14 @@ def sums(
         nll = jnp.where(counts, nll, 0)
         counts &= nll.astype(jnp.float32) >= hard_bound(nll, labels, chosen)
     return jnp.where(counts, loss, 0).sum(), jnp.where(counts, weight, 0).sum()
+
+
+def pixel_weights(labels: jax.Array, chosen: Options, dtype: Any) -> jax.Array:
+    """What each pixel's loss is multiplied by, [B, H, W], without regard to what is ignored."""
+    if not chosen.class_weights:
+        return jnp.ones(labels.shape, dtype)
+    table = jnp.asarray(chosen.class_weights, dtype)
+    return table[jnp.where(labels != IGNORE, labels, 0)]
 
 
 def hard_bound(nll: jax.Array, labels: jax.Array, chosen: Options) -> jax.Array:
@@ -141,16 +146,22 @@ def loss_and_accuracy(
     stride: int = 1,
     rounded: Any = None,
     shards: int = 1,
+    of: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Mean loss, and the share of the labelled pixels that are right; see `pixel_scores`, `sums`.
 
-    0 (with zero gradient) where every pixel is ignored.
+    0 (with zero gradient) where every pixel is ignored. of: labels of the batch that this is a part
+    of, uint8 [B, H, W]: its pixels divide, so that the results of its parts add up to its own. Not
+    with `ohem_threshold`, by which the pixels that count are those of the whole batch.
     """
     classes = logits.shape[-1]
     how = table_of(chosen, classes), grid, stride, rounded, shards
     scores: Any = pixel_scores(logits, labels, *how)
-    loss = mean(*sums(scores, labels, chosen, classes))
-    return loss, scores.right.sum() / jnp.maximum((labels != IGNORE).sum(), 1)
+    total, divisor = sums(scores, labels, chosen, classes)
+    if of is not None:
+        divisor = jnp.where(of != IGNORE, pixel_weights(of, chosen, total.dtype), 0).sum()
+    labelled = ((labels if of is None else of) != IGNORE).sum()
+    return mean(total, divisor), scores.right.sum() / jnp.maximum(labelled, 1)
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array, chosen: Options = Options()) -> jax.Array:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from duc_dlc_jax.data.labels import IGNORE
 from duc_dlc_jax.models.resizing import along_axis, interpolation_matrix
@@ -53,7 +54,7 @@ def pixel_scores(
             weighted = (resized * _as_row(table, resized)).sum(-1)
         return Scores(most + jnp.log(total), target, weighted, (target >= most) & is_target.any(-1))
 
-    return slabs.each(lambda matrix, labels: scores(slabs.resized(matrix), labels))
+    return slabs.each(lambda rows, labels: scores(slabs.resized(rows), labels))
 
 
 def _pixel_scores_forward(logits, labels, *how):
@@ -65,13 +66,13 @@ def _pixel_scores_backward(table, grid, stride, rounded, shards, saved, gradient
     logits, labels, normalizer = saved
     slabs = _Slabs(logits, labels, grid, stride, shards)
 
-    def gradient(matrix, labels, normalizer, of_normalizer, of_target, of_weighted):
-        resized = slabs.resized(matrix)
+    def gradient(rows, labels, normalizer, of_normalizer, of_target, of_weighted):
+        resized = slabs.resized(rows)
         found = of_normalizer[..., None] * jnp.exp(resized - normalizer[..., None])
         found += jnp.where(_is_target(resized, labels), of_target[..., None], 0)
         if table:
             found += of_weighted[..., None] * _as_row(table, resized)
-        return slabs.back(found.astype(rounded or found.dtype), matrix)
+        return slabs.back(found.astype(rounded or found.dtype), rows)
 
     return slabs.sum(gradient, normalizer, *gradients[:3]), None
 
@@ -89,8 +90,20 @@ def _as_row(table, like):
     return jnp.asarray(table, like.dtype)[None, None, None]
 
 
+class _Rows(NamedTuple):
+    """Rows of the image in a slab, as sums of rows of the logits' grid."""
+
+    matrix: jax.Array  # [rows, band]
+    start: jax.Array  # int32 scalar: row of the grid that the band begins at
+
+
 class _Slabs:
-    """The rows of resized logits in parts that fit `SLAB_BYTES` an image."""
+    """The rows of resized logits in parts that fit `SLAB_BYTES` an image.
+
+    A slab needs a band of the grid's rows. Its columns are resized first and its rows last, so that
+    work and memory grow with the pixels; where rows lie on several devices the band is the whole
+    grid, and rows come first, for less is then sent.
+    """
 
     def __init__(self, logits, labels, grid: str, stride: int, shards: int):
         self._logits, self._labels, self._shards = logits, labels, shards
@@ -98,63 +111,90 @@ class _Slabs:
         bytes_per_image = height * width * logits.shape[-1] * logits.dtype.itemsize // shards
         each = -(-height // shards)
         self._count = min(-(-bytes_per_image // SLAB_BYTES), each) if stride > 1 else 1
-        self._rows = -(-each // self._count)  # of one shard in a slab
-        self._matrices = [
+        self._height = -(-each // self._count)  # of one shard in a slab
+        rows, self._columns = (
             interpolation_matrix(cells, pixels, grid, 1 / stride)
             for cells, pixels in zip(logits.shape[1:3], (height, width), strict=True)
-        ]
+        )
         self._same = stride == 1
+        self._bands = self._banded(rows) if shards == 1 else _Rows(
+            self._parts(jnp.asarray(rows, logits.dtype)), jnp.zeros(self._count, jnp.int32)
+        )  # fmt: skip
+
+    def _banded(self, rows: np.ndarray) -> _Rows:
+        """The rows of each slab, with the narrowest band that holds what any of them needs."""
+        height = self._height
+        slabs = [rows[i * height : (i + 1) * height] for i in range(self._count)]
+        used = [np.flatnonzero(slab.any(0)) for slab in slabs]
+        band = max((u[-1] - u[0] + 1 for u in used if u.size), default=1)
+        starts = [min(u[0], rows.shape[1] - band) if u.size else 0 for u in used]
+        matrix = np.zeros((self._count, height, band))
+        for part, slab, start in zip(matrix, slabs, starts, strict=True):
+            part[: len(slab)] = slab[:, start : start + band]
+        return _Rows(jnp.asarray(matrix, self._logits.dtype), jnp.asarray(starts, jnp.int32))
 
     def _parts(self, rows: jax.Array, fill: int = 0) -> jax.Array:
         """[..., H, W] -> [count, ..., shards * rows, W]."""
         *lead, height, width = rows.shape
-        missing = self._shards * self._count * self._rows - height
+        missing = self._shards * self._count * self._height - height
         rows = jnp.pad(rows, [(0, 0)] * len(lead) + [(0, missing), (0, 0)], constant_values=fill)
-        rows = rows.reshape(*lead, self._shards, self._count, self._rows, width)
+        rows = rows.reshape(*lead, self._shards, self._count, self._height, width)
         rows = jnp.moveaxis(rows, -3, 0)
-        return rows.reshape(self._count, *lead, self._shards * self._rows, width)
+        return rows.reshape(self._count, *lead, self._shards * self._height, width)
 
     def _whole(self, parts: jax.Array) -> jax.Array:
         """The reverse of `_parts`, for [count, B, shards * rows, W]."""
         count, batch, _, width = parts.shape
-        rows = parts.reshape(count, batch, self._shards, self._rows, width)
+        rows = parts.reshape(count, batch, self._shards, self._height, width)
         rows = jnp.moveaxis(rows, 0, 2).reshape(batch, -1, width)
         return rows[:, : self._labels.shape[1]]
 
-    def _row_matrices(self) -> jax.Array:
-        """[count, shards * rows, h]."""
-        return self._parts(jnp.asarray(self._matrices[0], self._logits.dtype))
-
     def each(self, function) -> Any:
-        """function(matrix, labels) of each part -> its results, [B, H, W] each."""
-        parts = self._row_matrices(), self._parts(self._labels, IGNORE)
+        """function(rows, labels) of each part -> its results, [B, H, W] each."""
+        parts = self._bands, self._parts(self._labels, IGNORE)
         if self._count == 1:
-            found = function(*(part[0] for part in parts))
+            found = function(*jax.tree.map(lambda part: part[0], parts))
             return jax.tree.map(lambda x: self._whole(x[None]), found)
         return jax.tree.map(self._whole, jax.lax.map(lambda part: function(*part), parts))
 
     def sum(self, function, *pixels: jax.Array) -> jax.Array:
-        """Sum over the parts of function(matrix, labels, *pixels)."""
-        parts = [self._row_matrices(), self._parts(self._labels, IGNORE)]
-        parts += [self._parts(p) for p in pixels]
-        if self._count == 1:
-            return function(*(part[0] for part in parts))
+        """Sum over the parts of function(rows, labels, *pixels), each as `back` returns it."""
+        parts = self._bands, self._parts(self._labels, IGNORE), *(self._parts(p) for p in pixels)
+        if self._count == 1 and self._bands.matrix.shape[-1] == self._logits.shape[1]:
+            return function(*jax.tree.map(lambda part: part[0], parts))
 
         def add(total, part):
-            return total + function(*part), None
+            start = part[0].start
+            found = function(*part)
+            found += jax.lax.dynamic_slice_in_dim(total, start, found.shape[1], 1)
+            return jax.lax.dynamic_update_slice_in_dim(total, found, start, 1), None
 
-        return jax.lax.scan(add, jnp.zeros_like(self._logits), tuple(parts))[0]
+        return jax.lax.scan(add, jnp.zeros_like(self._logits), parts)[0]
 
-    def resized(self, matrix: jax.Array) -> jax.Array:
-        """Some rows of the logits at the pixels, [B, rows, W, K]; matrix: [rows, h]."""
+    def resized(self, rows: _Rows) -> jax.Array:
+        """Some rows of the logits at the pixels, [B, rows, W, K]."""
         if self._same:
             return self._logits
-        columns = jnp.asarray(self._matrices[1], self._logits.dtype)
-        return along_axis(columns, along_axis(matrix, self._logits, 1), 2)
+        columns = jnp.asarray(self._columns, self._logits.dtype)
+        if self._shards > 1:
+            return along_axis(columns, along_axis(rows.matrix, self._logits, 1), 2)
+        band = rows.matrix.shape[1]
+        x = jax.lax.dynamic_slice_in_dim(self._logits, rows.start, band, 1)
+        return along_axis(rows.matrix, _along_columns(columns, x), 1)
 
-    def back(self, gradient: jax.Array, matrix: jax.Array) -> jax.Array:
-        """What a gradient of `resized` is for the logits."""
+    def back(self, gradient: jax.Array, rows: _Rows) -> jax.Array:
+        """What a gradient of `resized` is for the logits, or for the band of them: [B, n, w, K]."""
+        wide = self._logits.dtype
         if self._same:
-            return gradient.astype(self._logits.dtype)
-        columns, wide = jnp.asarray(self._matrices[1].T, gradient.dtype), self._logits.dtype
-        return along_axis(matrix.T, along_axis(columns, gradient, 2, wide), 1)
+            return gradient.astype(wide)
+        columns = self._columns.T
+        if self._shards > 1:
+            columns = jnp.asarray(columns, gradient.dtype)
+            return along_axis(rows.matrix.T, along_axis(columns, gradient, 2, wide), 1)
+        matrix = rows.matrix.T.astype(gradient.dtype)
+        return _along_columns(jnp.asarray(columns, wide), along_axis(matrix, gradient, 1, wide))
+
+
+def _along_columns(matrix: jax.Array, x: jax.Array) -> jax.Array:
+    """matrix [o, i] applied to axis 2 of x [B, n, i, K], in full precision, as one product."""
+    return jnp.einsum("oi,bnik->bnok", matrix, x, precision=jax.lax.Precision.HIGHEST)

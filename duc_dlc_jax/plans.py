@@ -122,7 +122,8 @@ def make(
     for name, value in given.items():
         draft.put(name, value, GIVEN)
     config_lib.validate(draft.config)
-    sharding.check_batch(draft.config.train.batch_size, machine.devices)
+    train = draft.config.train
+    sharding.check_batch(train.batch_size, machine.devices, train.accumulate)
     return Plan(draft.config.lock(), draft.why, machine, found.spec.num_classes)
 
 

@@ -59,7 +59,7 @@ def make_mesh(data: int = -1, space: int = 1, devices: Sequence[Any] | None = No
 def training_mesh(config: ml_collections.ConfigDict, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh of `config.mesh`, checked against the batch and the crop; raises ConfigError."""
     mesh = make_mesh(config.mesh.data, config.mesh.space, devices)
-    check_batch(config.train.batch_size, mesh.shape["data"])
+    check_batch(config.train.batch_size, mesh.shape["data"], config.train.accumulate)
     check_rows(config.data.crop_size, mesh.shape["space"])
     return mesh
 
@@ -89,17 +89,22 @@ def bn_groups(config: ml_collections.ConfigDict, mesh: Mesh) -> int:
     return parts[config.model.bn_groups]
 
 
-def check_batch(batch_size: int, devices: int) -> None:
-    """Raises ConfigError, with the arithmetic, unless batch_size is a multiple of the devices.
+def check_batch(batch_size: int, devices: int, accumulate: int = 1) -> None:
+    """Raises ConfigError, with the arithmetic, unless the batch divides over devices and parts.
 
-    devices: size of the axis `data`.
+    devices: size of the axis `data`; accumulate: parts of a batch, `train.accumulate`.
     """
-    whole, rest = divmod(batch_size, devices)
+    each = devices * accumulate
+    whole, rest = divmod(batch_size, each)
     if rest or whole == 0:
-        near = [n for n in (whole * devices, (whole + 1) * devices) if n]
+        near = [n for n in (whole * each, (whole + 1) * each) if n]
+        over, product = f"{devices} devices", f"{devices}"
+        if accumulate > 1:
+            over += f" x train.accumulate={accumulate} parts"
+            product += f" x {accumulate}"
         raise ConfigError(
-            f"train.batch_size={batch_size} does not divide over {devices} devices "
-            f"({batch_size} = {whole} x {devices} + {rest}); use {' or '.join(map(str, near))}"
+            f"train.batch_size={batch_size} does not divide over {over} "
+            f"({batch_size} = {whole} x {product} + {rest}); use {' or '.join(map(str, near))}"
         )
 
 

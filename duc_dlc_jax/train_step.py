@@ -14,7 +14,7 @@ import ml_collections
 import numpy as np
 import optax
 
-from duc_dlc_jax import losses
+from duc_dlc_jax import accumulation, losses
 from duc_dlc_jax.models.layers import Conv
 from duc_dlc_jax.models.segmenter import Segmenter
 
@@ -95,16 +95,18 @@ def make_train_step(
     data parallel averages the devices' means instead). Where the loss or the gradient is not finite
     the state stays as it was, its step included. pixels: of each class in the training split, for
     `loss.class_balance`. Metrics are float32 scalars: loss, grad_norm, PA (of the training batch).
-    Dropout derives from `key`, by default that of config.seed, and the step.
+    Dropout derives from `key`, by default that of config.seed, and the step. With
+    `train.accumulate` the batch is taken in parts: `accumulation`.
     """
     chosen = losses.options(config.loss, model.num_classes, pixels)
+    parts = config.train.accumulate
 
-    def mean_over(logits, labels, stride):
-        how = chosen, model.resize_grid, stride, model.dtype, config.mesh.space
+    def mean_over(logits, labels, stride, of):
+        how = chosen, model.resize_grid, stride, model.dtype, config.mesh.space, of
         return losses.loss_and_accuracy(logits, labels, *how)
 
-    def loss_fn(params, batch_stats, batch, key):
-        output: Any = model.apply(
+    def loss_fn(params, batch_stats, network, batch, key, of=None):
+        output: Any = network.apply(
             {"params": params, "batch_stats": batch_stats},
             batch["image"],
             train=True,
@@ -115,18 +117,38 @@ def make_train_step(
         )
         logits, updated = output
         with jax.named_scope("loss"):
-            loss, accuracy = mean_over(logits, batch["label"], model.logit_stride)
+            loss, accuracy = mean_over(logits, batch["label"], model.logit_stride, of)
             for aux_logits in updated.get("intermediates", {}).get("aux_logits", ()):
-                auxiliary, _ = mean_over(aux_logits, batch["label"], model.aux_stride)
+                auxiliary, _ = mean_over(aux_logits, batch["label"], model.aux_stride, of)
                 loss += config.loss.aux_weight * auxiliary
         return loss, (updated["batch_stats"], accuracy)
+
+    gradient = jax.value_and_grad(loss_fn, has_aux=True)
+
+    def accumulated(state, batch, key):
+        once = model.clone(bn_momentum=0.0)  # whose new statistics are the part's own
+
+        def of_part(part, key):
+            how = state.batch_stats, once, part, key, batch["label"]
+            (loss, (batch_stats, accuracy)), grads = gradient(state.params, *how)
+            return (loss, accuracy, grads), batch_stats
+
+        (loss, accuracy, grads), found = accumulation.summed(of_part, batch, key, parts)
+        batch_stats = state.batch_stats
+        if not model.bn_frozen:
+            batch_stats = accumulation.merged_statistics(batch_stats, found, model.bn_momentum)
+        if model.backbone_frozen:
+            batch_stats |= {"backbone": state.batch_stats["backbone"]}
+        return (loss, (batch_stats, accuracy)), grads
 
     def train_step(state: TrainState, batch: Batch, key: jax.Array | None = None):
         key = jax.random.key(config.seed) if key is None else key
         key = jax.random.fold_in(key, state.step)
-        (loss, (batch_stats, accuracy)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
-            state.params, state.batch_stats, batch, key
-        )
+        if parts > 1:
+            (loss, (batch_stats, accuracy)), grads = accumulated(state, batch, key)
+        else:
+            how = state.batch_stats, model, batch, key
+            (loss, (batch_stats, accuracy)), grads = gradient(state.params, *how)
         with jax.named_scope("optimizer"):
             norm = optax.tree.norm(grads)
             finite = jnp.isfinite(loss) & jnp.isfinite(norm)

@@ -147,6 +147,7 @@ def test_a_forecast_names_its_constants_and_the_largest_batch():
         "collectives_per_device": {"all-reduce": {"count": 100, "bytes": 200_000_000}},
         "state_bytes": 1.2e9,
         "temporary_bytes": 4e9,
+        "memory_bytes": 5.2e9,
     }
     found |= forecast.predicted(found, 64, chip)
     assert found["fits"]

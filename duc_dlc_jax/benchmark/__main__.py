@@ -6,10 +6,11 @@ input  crops/s of one core from prepared records, beside PyTorch's DataLoader; -
        the images; --formats compares ways to store them instead
 fed    training steps fed by the input pipeline beside steps that get one batch again and again
 layers dilated convolutions, their gradients, and the loss, in each way there is
+growth how FLOPs, bytes and memory of the step grow with pixels, batch, classes and depth
 
-train and infer need no data. They say which share of the layer-wise floor is reached, with
---profile where the time of a step goes, and with --peer=torch how PyTorch does the same network in
-alternating rounds of the same run.
+train, infer and growth need no data. The first two say which share of the layer-wise floor is
+reached, with --profile where the time of a step goes, and with --peer=torch how PyTorch does the
+same network in alternating rounds of the same run.
 
 With `--evaluate=1024x2048` it times instead how one image of this size is labelled by `--protocol`,
 and says the most memory that the process had: start a process for each figure.
@@ -30,12 +31,12 @@ from ml_collections import config_flags
 
 from duc_dlc_jax import cli, protocols
 from duc_dlc_jax import config as config_lib
-from duc_dlc_jax.benchmark import formats, inputs, layers, model
+from duc_dlc_jax.benchmark import formats, growth, inputs, layers, model
 from duc_dlc_jax.benchmark.peer import Peer, layer_seconds
 from duc_dlc_jax.data import photos
 from duc_dlc_jax.models import segmenter
 
-KINDS = ("train", "infer", "input", "fed", "layers")
+KINDS = ("train", "infer", "input", "fed", "layers", "growth")
 
 
 def show_rates(what: str, r: dict[str, Any]) -> None:
@@ -134,6 +135,25 @@ def measure_layers(args: Any) -> dict[str, Any]:
     return {"layers": rows, "losses": lost, "device": jax.devices()[0].device_kind}
 
 
+def measure_growth(args: Any) -> dict[str, Any]:
+    """Runs and prints `growth`; draws it with --plot."""
+    axes = ("pixels", "batch", "classes", "blocks")
+    chosen = (args.sizes, args.batches, args.classes, args.depths)
+    values = {a: [int(v) for v in vs] for a, vs in zip(axes, chosen, strict=True) if vs}
+    for axis, numbers in values.items():
+        if len(numbers) < 2 or sorted(numbers) != numbers:
+            raise config_lib.ConfigError(f"growth of {axis}: {numbers}; give two or more, rising")
+    timed = axes if args.timed else ()
+    found = growth.sweep(args.config, values, timed)
+    print(growth.table(found))
+    if args.plot:
+        from duc_dlc_jax.benchmark import plots  # late: an extra
+
+        plots.growth(found, Path(args.plot))
+    slopes = {axis: growth.exponents(rows) for axis, rows in found.items()}
+    return {"growth": found, "exponents": slopes, "jax": jax.__version__}
+
+
 def measure_evaluation(args: Any) -> dict[str, Any]:
     """Runs and prints `--evaluate`."""
     config = protocols.select(args.config, args.protocol, args.set)
@@ -160,6 +180,8 @@ def main(_) -> None:
             result |= measure_layers(args)
         if {"train", "infer"} & set(args.what):
             result |= rates(args, args.what)
+        if "growth" in args.what:
+            result |= measure_growth(args)
         if "input" in args.what:
             result |= measure_input(args)
         if "fed" in args.what:
@@ -184,6 +206,12 @@ if __name__ == "__main__":
     flags.DEFINE_bool("synthetic", False, "With --what=input: draw images like the data set's.")
     flags.DEFINE_bool("formats", False, "With --what=input: ways to store a 2048x1024 image.")
     flags.DEFINE_string("evaluate", "", "Time the labelling of an image of HEIGHTxWIDTH instead.")
+    flags.DEFINE_list("sizes", ["128", "256", "512"], "With --what=growth: sides of the crops.")
+    flags.DEFINE_list("batches", ["1", "2", "4", "8"], "With --what=growth: images a step.")
+    flags.DEFINE_list("classes", ["19", "150", "1000"], "With --what=growth.")
+    flags.DEFINE_list("depths", ["50", "101", "152"], "With --what=growth: of the ResNet.")
+    flags.DEFINE_bool("timed", False, "With --what=growth: also run the programs.")
+    flags.DEFINE_string("plot", "", "With --what=growth: a PNG or SVG to draw; needs matplotlib.")
     protocols.define_flags()
     flags.DEFINE_string("json", "", "Also write the figures to this file.")
     flags.mark_flags_as_required(["config"])

@@ -58,7 +58,8 @@ class ResNet(nn.Module):
     """[B, H, W, 3] -> the outputs of layer1..layer4, 4w, 8w, 16w, 32w channels (w = width).
 
     Grids: 1/4, 1/8, then up to 1/output_stride. Names of parameters follow torchvision's
-    (`layer3.5.conv2` is `layer3_5/conv2`). `valid_sizes`: as in `layers.Conv`.
+    (`layer3.5.conv2` is `layer3_5/conv2`). `valid_sizes`: as in `layers.Conv`; `block`:
+    `Bottleneck`, or `nn.remat` of it.
     """
 
     depth: int
@@ -69,6 +70,7 @@ class ResNet(nn.Module):
     conv: Any
     norm: Any
     valid_sizes: Any = None
+    block: Any = Bottleneck
 
     @nn.compact
     def __call__(self, x: jax.Array) -> tuple[jax.Array, ...]:
@@ -88,7 +90,7 @@ class ResNet(nn.Module):
         stages = zip(BLOCKS[self.depth], stage_strides(self.output_stride), strict=True)
         for stage, (blocks, (stride, first_dilation, dilation)) in enumerate(stages):
             for block in range(blocks):
-                x = Bottleneck(
+                x = self.block(
                     self.width * 2**stage,
                     stride if block == 0 else 1,
                     first_dilation if block == 0 else dilation,

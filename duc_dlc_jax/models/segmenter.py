@@ -15,7 +15,7 @@ from duc_dlc_jax.config import ConfigError
 from duc_dlc_jax.models import layers, registry, resizing, valid_cells
 from duc_dlc_jax.models.alternatives.dupsampling import DUpsampling
 from duc_dlc_jax.models.alternatives.guided_filter import GuidedFilter
-from duc_dlc_jax.models.resnet import ResNet
+from duc_dlc_jax.models.resnet import Bottleneck, ResNet
 
 
 class Segmenter(nn.Module):
@@ -52,6 +52,7 @@ class Segmenter(nn.Module):
     bn_frozen: bool
     bn_running_variance: str
     bn_padding: str
+    remat: str
 
     @nn.compact
     def __call__(
@@ -109,16 +110,26 @@ class Segmenter(nn.Module):
             conv=partial(conv, init=layers.backbone_init),
             norm=partial(norm, use_running_average=True) if self.backbone_frozen else norm,
             valid_sizes=sizes,
+            block=nn.remat(Bottleneck) if train and self.remat != "none" else Bottleneck,
             name="backbone",
         )
         features = backbone(image)
         if self.backbone_frozen:
             features = jax.lax.stop_gradient(features)
-        x = registry.upsampled(
-            self, image, features, conv, norm, slabs=coarse and not train, valid_sizes=sizes
-        )
         drop = partial(nn.Dropout, deterministic=not train)
-        x = registry.context(self, conv, norm, drop, sizes)(x)
+
+        def upsampled(net, image, features):
+            slabs = coarse and not train
+            return registry.upsampled(
+                net, image, features, conv, norm, slabs=slabs, valid_sizes=sizes
+            )
+
+        def context(net, x):
+            return registry.context(net, conv, norm, drop, sizes)(x)
+
+        if train and self.remat == "all":
+            upsampled, context = nn.remat(upsampled), nn.remat(context)
+        x = context(self, upsampled(self, image, features))
 
         def drop_channels(x):
             return drop(self.dropout, broadcast_dims=(1, 2))(x)
