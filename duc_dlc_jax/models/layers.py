@@ -131,8 +131,9 @@ def convolve(
       "taps": k * k matrix products an image, of the input as each position of the kernel reads it.
       "columns": one matrix product of these inputs side by side.
       "": what was fastest on the platform (docs/performance.md). On GPUs "columns" where
-        dilation > 1, for XLA knows no kernel of cuDNN for these. On CPUs "taps", whose products
-        read memory in its order where XLA's own transpose it first, but for small 3x3 kernels.
+        dilation > 1, for XLA knows no kernel of cuDNN for these. On CPUs "taps" for 1x1 kernels
+        from 900 cells on: XLA transposes the gradient before its own product, over three axes.
+        (One product of all images' cells is faster still, but splits rows over no devices.)
     """
     del weight_gradient
     return _plain_convolve(x, kernel, stride, dilation, groups)
@@ -168,13 +169,12 @@ def _convolve_backward(stride, dilation, groups, weight_gradient, saved, dy):
 
     if weight_gradient or groups > 1:
         return dx, gradient(weight_gradient or "compiler")(x, kernel, dy)
-    k, _, channels, features = kernel.shape
-    few = k > 1 and channels * features < 128**2
+    by_image = len(kernel) == 1 and dy.shape[1] * dy.shape[2] >= 900
     dk = jax.lax.platform_dependent(
         x,
         kernel,
         dy,
-        cpu=gradient("compiler" if few else "taps"),
+        cpu=gradient("taps" if by_image else "compiler"),
         cuda=gradient("columns" if dilation > 1 else "compiler"),
         rocm=gradient("columns" if dilation > 1 else "compiler"),
         default=gradient("compiler"),
