@@ -33,6 +33,7 @@ IMPORT_NAMES = {
 EXTRAS_BY_FILE = {
     "duc_dlc_jax/storage.py": "cloud",
     "duc_dlc_jax/ablate/plots.py": "plots",
+    "duc_dlc_jax/benchmark/plots.py": "plots",
 }  # modules that only an extra can run
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 
@@ -140,7 +141,9 @@ def convolve(
 
 
 def _plain_convolve(x, kernel, stride, dilation, groups):
-    if kernel.shape[0] == 1 and groups == 1:
+    # Of a slice of symbolic sizes JAX does not know that it is as long as a strided convolution.
+    known = stride == 1 or not any(map(jax.export.is_symbolic_dim, x.shape[1:3]))
+    if kernel.shape[0] == 1 and groups == 1 and known:
         x = x[:, ::stride, ::stride]
         return jax.lax.dot_general(x, kernel[0, 0], (((3,), (0,)), ((), ())))
     pad = dilation * (kernel.shape[0] - 1) // 2
