@@ -94,7 +94,7 @@ def test_hours_are_measured_where_the_shapes_are_and_extrapolated_elsewhere():
     assert found["images"] == images
     first, second, cpu = found["devices"]
     assert first["hours"] == pytest.approx(images / 323 / 3600)
-    assert cpu["hours"] == pytest.approx(images * 1.39 / 3600)
+    assert cpu["hours"] == pytest.approx(images * 1.11 / 3600)
     assert [row["extrapolated"] for row in (first, second, cpu)] == [False, True, False]
     deep = hours.predict(config_lib.load("configs/paper.py:ade20k_r101"))
     ratio = deep["devices"][0]["hours"] / first["hours"]
