@@ -42,7 +42,6 @@ def pixel_scores(
     rounded to before it is summed up in the logits' own; None = not at all. shards: in how many
     parts the rows lie on devices; a slab has rows of each.
     """
-    slabs = _Slabs(logits, labels, grid, stride, shards)
 
     def scores(resized, labels):
         is_target = _is_target(resized, labels)
@@ -54,7 +53,11 @@ def pixel_scores(
             weighted = (resized * _as_row(table, resized)).sum(-1)
         return Scores(most + jnp.log(total), target, weighted, (target >= most) & is_target.any(-1))
 
-    return slabs.each(lambda rows, labels: scores(slabs.resized(rows), labels))
+    def of_all(banded, logits, labels):
+        slabs = _Slabs(logits, labels, grid, stride, shards, banded)
+        return slabs.each(lambda rows, labels: scores(slabs.resized(rows), labels))
+
+    return _by_platform(of_all, shards, logits, labels)
 
 
 def _pixel_scores_forward(logits, labels, *how):
@@ -63,10 +66,7 @@ def _pixel_scores_forward(logits, labels, *how):
 
 
 def _pixel_scores_backward(table, grid, stride, rounded, shards, saved, gradients):
-    logits, labels, normalizer = saved
-    slabs = _Slabs(logits, labels, grid, stride, shards)
-
-    def gradient(rows, labels, normalizer, of_normalizer, of_target, of_weighted):
+    def gradient(slabs, rows, labels, normalizer, of_normalizer, of_target, of_weighted):
         resized = slabs.resized(rows)
         found = of_normalizer[..., None] * jnp.exp(resized - normalizer[..., None])
         found += jnp.where(_is_target(resized, labels), of_target[..., None], 0)
@@ -74,10 +74,23 @@ def _pixel_scores_backward(table, grid, stride, rounded, shards, saved, gradient
             found += of_weighted[..., None] * _as_row(table, resized)
         return slabs.back(found.astype(rounded or found.dtype), rows)
 
-    return slabs.sum(gradient, normalizer, *gradients[:3]), None
+    def of_all(banded, logits, labels, *pixels):
+        slabs = _Slabs(logits, labels, grid, stride, shards, banded)
+        return slabs.sum(functools.partial(gradient, slabs), *pixels)
+
+    return _by_platform(of_all, shards, *saved, *gradients[:3]), None
 
 
 pixel_scores.defvjp(_pixel_scores_forward, _pixel_scores_backward)
+
+
+def _by_platform(function, shards, *arrays):
+    """function(banded, *arrays): banded on CPUs; elsewhere, and for shards, not: see `_Slabs`."""
+    of_grid = functools.partial(function, False)
+    if shards > 1:
+        return of_grid(*arrays)
+    cpu = functools.partial(function, True)
+    return jax.lax.platform_dependent(*arrays, cpu=cpu, default=of_grid)
 
 
 def _is_target(logits, labels):
@@ -100,12 +113,14 @@ class _Rows(NamedTuple):
 class _Slabs:
     """The rows of resized logits in parts that fit `SLAB_BYTES` an image.
 
-    A slab needs a band of the grid's rows. Its columns are resized first and its rows last, so that
-    work and memory grow with the pixels; where rows lie on several devices the band is the whole
-    grid, and rows come first, for less is then sent.
+    A slab needs a band of the grid's rows. banded: the columns of the band are resized first, its
+    rows last: on a CPU work and memory then grow with the pixels. Otherwise the band is the whole
+    grid, and rows come first: where rows lie on several devices less is then sent, and a TPU's
+    program moves and holds less (docs/performance.md, "Growth").
     """
 
-    def __init__(self, logits, labels, grid: str, stride: int, shards: int):
+    def __init__(self, logits, labels, grid: str, stride: int, shards: int, banded: bool):
+        self._banded = banded
         self._logits, self._labels, self._shards = logits, labels, shards
         height, width = labels.shape[1:]
         bytes_per_image = height * width * logits.shape[-1] * logits.dtype.itemsize // shards
@@ -117,11 +132,11 @@ class _Slabs:
             for cells, pixels in zip(logits.shape[1:3], (height, width), strict=True)
         )
         self._same = stride == 1
-        self._bands = self._banded(rows) if shards == 1 else _Rows(
+        self._bands = self._bands_of(rows) if banded else _Rows(
             self._parts(jnp.asarray(rows, logits.dtype)), jnp.zeros(self._count, jnp.int32)
         )  # fmt: skip
 
-    def _banded(self, rows: np.ndarray) -> _Rows:
+    def _bands_of(self, rows: np.ndarray) -> _Rows:
         """The rows of each slab, with the narrowest band that holds what any of them needs."""
         height = self._height
         slabs = [rows[i * height : (i + 1) * height] for i in range(self._count)]
@@ -176,7 +191,7 @@ class _Slabs:
         if self._same:
             return self._logits
         columns = jnp.asarray(self._columns, self._logits.dtype)
-        if self._shards > 1:
+        if not self._banded:
             return along_axis(columns, along_axis(rows.matrix, self._logits, 1), 2)
         band = rows.matrix.shape[1]
         x = jax.lax.dynamic_slice_in_dim(self._logits, rows.start, band, 1)
@@ -188,7 +203,7 @@ class _Slabs:
         if self._same:
             return gradient.astype(wide)
         columns = self._columns.T
-        if self._shards > 1:
+        if not self._banded:
             columns = jnp.asarray(columns, gradient.dtype)
             return along_axis(rows.matrix.T, along_axis(columns, gradient, 2, wide), 1)
         matrix = rows.matrix.T.astype(gradient.dtype)
