@@ -4,7 +4,8 @@ PYTHON ?= python3
 VENV ?= .venv
 # PyTorch serves the parity tests alone and is tested on Python 3.11; without it they are skipped.
 EXTRAS ?= $(shell $(PYTHON) -c 'import sys; print("dev,export,cloud,torch" if sys.version_info[:2] == (3, 11) else "dev,export,cloud")')
-PYTEST_ARGS ?= -n 2 --dist loadfile
+# In the order of the files: by their number of tests, the slow ones with few would come last.
+PYTEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder
 
 comma := ,
 space := $(subst ,, )
