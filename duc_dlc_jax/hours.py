@@ -72,8 +72,9 @@ def predict(config: ml_collections.ConfigDict) -> dict[str, Any]:
     from duc_dlc_jax.train import total_steps  # late: the checkpoints' library
 
     spec, size = find_spec(config.data), config_lib.crop_shape(config.data)
+    model = segmenter.create(config.model, spec.num_classes)
     steps = total_steps(config, _training_images(config))
-    images, work = steps * config.train.batch_size, gmacs(_model(config), size)
+    images, work = steps * config.train.batch_size, gmacs(model, size)
     like = config_lib.default()
     like.model.dtype = config.model.dtype  # each rate names its own
     same_network = config.model.to_json() == like.model.to_json()
@@ -98,10 +99,6 @@ def predict(config: ml_collections.ConfigDict) -> dict[str, Any]:
         "devices": rows,
         "not_measured": list(NOT_MEASURED),
     }
-
-
-def _model(config: ml_collections.ConfigDict) -> segmenter.Segmenter:
-    return segmenter.create(config.model, find_spec(config.data).num_classes)
 
 
 def _training_images(config: ml_collections.ConfigDict) -> int:

@@ -78,15 +78,16 @@ def runs(entry: str, found: Computations) -> dict[str, int]:
     def run(name: str, count: int) -> None:
         times[name] += count
         for instruction in found.get(name, {}).values():
-            for kind, called in _called(instruction):
+            for kind, other in called(instruction):
                 loop = kind in ("body", "condition")
-                run(called, count * (_trips(instruction, found) if loop else 1))
+                run(other, count * (_trips(instruction, found) if loop else 1))
 
     run(entry, 1)
     return dict(times)
 
 
-def _called(instruction: Instruction) -> Iterator[tuple[str, str]]:
+def called(instruction: Instruction) -> Iterator[tuple[str, str]]:
+    """(how, computation) of those that an instruction runs."""
     yield from _CALLED.findall(instruction.rest)
     for names in _BRANCHES.findall(instruction.rest):
         yield from (("branch", name.strip(" %")) for name in names.split(","))
@@ -96,7 +97,7 @@ def _trips(loop: Instruction, found: Computations) -> int:
     """As the compiler notes it, or by the one number that the condition compares with; else 1."""
     if known := re.search(r'known_trip_count":\{"n":"(\d+)"', loop.rest):
         return int(known[1])
-    condition = dict(_called(loop)).get("condition", "")
+    condition = dict(called(loop)).get("condition", "")
     bounds = [
         int(number[1])
         for instruction in found.get(condition, {}).values()
@@ -151,7 +152,7 @@ def _kernel(instruction: Instruction) -> Iterable[str]:
     """Computations that are part of this instruction and no kernels of their own."""
     if instruction.opcode in ("while", "call", "conditional"):
         return ()
-    return (name for _, name in _called(instruction))
+    return (name for _, name in called(instruction))
 
 
 def _moved(instruction: Instruction, body: dict[str, Instruction], found: Computations) -> int:

@@ -11,6 +11,7 @@ import numpy as np
 from absl import logging
 
 from duc_dlc_jax import config as config_lib
+from duc_dlc_jax import markdown
 from duc_dlc_jax.ablate.grid import Grid
 from duc_dlc_jax.ablate.results import CIRCUMSTANCES, Results
 from duc_dlc_jax.ablate.statistics import Difference, half_width, paired, verdicts
@@ -142,11 +143,6 @@ def write(results: Results, output: str | Path, command: str) -> None:
     output.write_text("\n\n".join(part for part in parts if part) + "\n")
 
 
-def _rows(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def _head(table: Table, command: str) -> str:
     every = [r for runs in table.runs.values() for r in runs]
     config, first = every[0]["config"], every[0]
@@ -205,7 +201,7 @@ def _main_table(table: Table) -> str:
         "Mean ± standard deviation over the seeds. GMACs: multiply-adds of the convolutions for an "
         f"image of {size}. {said * timed}Memory is what the compiled training step needs."
     )
-    return "\n".join(["## Scores and costs", "", text, "", _rows(head, rows)])
+    return "\n".join(["## Scores and costs", "", text, "", markdown.table(head, rows)])
 
 
 def _spread(values: Sequence[float]) -> str:
@@ -247,7 +243,7 @@ def _differences(table: Table) -> list[str]:
         "say that there is no difference."
     )
     head = ["difference", "question", "seeds", *COMPARED]
-    first = "\n".join(["## What the differences say", "", text, "", _rows(head, rows)])
+    first = "\n".join(["## What the differences say", "", text, "", markdown.table(head, rows)])
     return [first, "\n".join(sentences)]
 
 
@@ -274,7 +270,7 @@ def _per_class(table: Table, title: str, of: Callable[[Result], dict[str, float 
         rows.append([label, f"{pixels[label] / total:.2%}", *means])
     head = ["class", "share of pixels", *(f"`{name}`" for name in names)]
     note = "Mean over the seeds with its 95% confidence interval, the rarest class first."
-    return "\n".join([f"## {title} per class", "", note, "", _rows(head, rows)])
+    return "\n".join([f"## {title} per class", "", note, "", markdown.table(head, rows)])
 
 
 def _crops(table: Table) -> str:
@@ -301,7 +297,7 @@ def _crops(table: Table) -> str:
         f"diagonal wide, mean over the seeds ({seeds})."
     )
     head = ["crop", "image, left, top", *(f"`{name}`" for name in found)]
-    parts = ["## The same crops through each network", "", text, "", _rows(head, rows)]
+    parts = ["## The same crops through each network", "", text, "", markdown.table(head, rows)]
     asked = [c for c in table.comparisons() if c[0] in found and c[1] in found]
     over_crops = {n: {s: float(np.nanmean(v)) for s, v in found[n].items()} for n in found}
     differences = [paired(over_crops[a], over_crops[b]) for a, b, _ in asked]
@@ -340,4 +336,4 @@ def _single_runs(table: Table) -> str:
         for r in runs
     ]
     head = ["variant", "seed", *SCORES, "last loss", "minutes", "device"]
-    return "## Single runs\n\n" + _rows(head, rows)
+    return "## Single runs\n\n" + markdown.table(head, rows)

@@ -11,12 +11,10 @@ from typing import Any
 
 import jax
 
+from duc_dlc_jax import programs
 from duc_dlc_jax.benchmark.floor import group_of
 
-_INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.-]+) = (.*)$")
-_COMPUTATION = re.compile(r"^%?([\w.-]+) .*\{$")
-_NAME, _CALLS = re.compile(r'op_name="([^"]*)"'), re.compile(r"calls=%?([\w.-]+)")
-_OPERANDS = re.compile(r"%([\w.-]+)")
+_NAME = re.compile(r'op_name="([^"]*)"')
 
 
 def trace(call: Callable[[], Any], calls: int) -> dict[str, dict[str, float]]:
@@ -56,28 +54,23 @@ def instructions(compiled_text: str) -> dict[str, str]:
     that has one. What has none even so takes that of an operand, of the backward pass if one is (a
     kernel's gradient reads an activation and a gradient), or else of its first user.
     """
-    names, reads, calls, last, inside = {}, {}, {}, {}, ""
-    for line in compiled_text.splitlines():
-        if found := _COMPUTATION.match(line):
-            inside = found[1]
-        if not (found := _INSTRUCTION.match(line)):
-            continue
-        instruction, text = found.groups()
-        if name := _NAME.search(text):
-            names[instruction] = last[inside] = name[1]
-        if called := _CALLS.search(text):
-            calls[instruction] = called[1]
-        reads[instruction] = _OPERANDS.findall(text.split(", metadata=")[0])
-    for instruction, operands in reads.items():  # in order: operands come first
+    _, found = programs.computations(compiled_text)
+    names, last = {}, {}
+    for computation, body in found.items():
+        for instruction, it in body.items():
+            if name := _NAME.search(it.rest):
+                names[instruction] = last[computation] = name[1]
+    every = {name: it for body in found.values() for name, it in body.items()}
+    for instruction, it in every.items():  # in order: operands come first
         if instruction in names:
             continue
-        known = [last[calls[instruction]]] if calls.get(instruction) in last else []
-        known = known or [names[o] for o in operands if o in names]
+        known = [last[c] for kind, c in programs.called(it) if kind == "calls" and c in last]
+        known = known or [names[o] for o in it.operands if o in names]
         if known:
             names[instruction] = max(known, key=lambda name: "transpose(" in name)
-    for instruction, operands in reads.items():
+    for instruction, it in every.items():
         if instruction in names:
-            for operand in operands:
+            for operand in it.operands:
                 names.setdefault(operand, names[instruction])
     return names
 

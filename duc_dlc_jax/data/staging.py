@@ -27,7 +27,7 @@ from etils import epath
 
 from duc_dlc_jax import storage
 from duc_dlc_jax.data.labels import DataError
-from duc_dlc_jax.models.weights import cache_dir
+from duc_dlc_jax.models.weights import cache_dir, sha256
 from duc_dlc_jax.progress import LOG_EVERY, Progress
 
 MANIFEST = "manifest.json"  # {file: {"size": bytes, "sha256": hex}}, written after all others
@@ -44,15 +44,14 @@ def write_manifest(folder: pathlib.Path) -> dict[str, dict[str, Any]]:
         p for p in folder.iterdir() if p.is_file() and p.name not in (MANIFEST, VERIFIED)
     )
     files = {p.name: {"size": p.stat().st_size, "sha256": sha256(p)} for p in paths}
-    unfinished = folder / (MANIFEST + PART)
-    unfinished.write_text(json.dumps(files, indent=1) + "\n")
-    unfinished.replace(folder / MANIFEST)
+    _put(folder / MANIFEST, json.dumps(files, indent=1) + "\n")
     return files
 
 
-def sha256(path: pathlib.Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _put(path: pathlib.Path, text: str) -> None:
+    unfinished = path.with_name(path.name + PART)
+    unfinished.write_text(text)
+    unfinished.replace(path)
 
 
 def read_manifest(folder: epath.Path) -> dict[str, dict[str, Any]]:
@@ -150,9 +149,7 @@ def _copy(remote: epath.Path, folder: pathlib.Path, files: dict[str, dict[str, A
     with _progress(total, f"records of {remote.parent.name}: MB") as add:
         _in_threads(lambda name: _fetch(remote, folder, name, files[name], add), missing)
     verified |= {n: _stamp(folder / n) for n in missing}
-    unfinished = folder / (VERIFIED + PART)
-    unfinished.write_text(json.dumps(verified))
-    unfinished.replace(folder / VERIFIED)
+    _put(folder / VERIFIED, json.dumps(verified))
 
 
 def _is_there(path: pathlib.Path, file: dict[str, Any], verified: dict[str, list[int]]) -> bool:

@@ -149,7 +149,7 @@ def fetched(name: str, weights: Weights) -> Path:
     with _locked(path):
         if not path.exists():
             _download(name, weights, path)
-        elif not (digest := _sha256(path)).startswith(weights.sha256):
+        elif not (digest := sha256(path)).startswith(weights.sha256):
             raise ConfigError(
                 f"{path} is not {weights.file} as its owner publishes it, or a part of it: its "
                 f"SHA-256 begins with {digest[: len(weights.sha256)]}, not {weights.sha256}. "
@@ -216,6 +216,7 @@ def _copy(name: str, weights: Weights, part: Path) -> tuple[int | None, str]:
     return size, digest.hexdigest()
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """That of a file, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -13,7 +13,7 @@ from typing import Any
 
 from absl import flags
 
-from duc_dlc_jax import cli, hours
+from duc_dlc_jax import cli, hours, markdown
 from duc_dlc_jax import config as config_lib
 from duc_dlc_jax.ablate.results import CIRCUMSTANCES
 from duc_dlc_jax.config import ConfigError
@@ -75,12 +75,6 @@ def verdict(row: Row, written: dict[str, Any] | None, server: bool) -> str:
     return f"different: {said}" + ("; " + ", ".join(how) if how else "")
 
 
-def cells(rows: Sequence[Sequence[str]]) -> str:
-    head, *rest = rows
-    lines = [head, ["---"] * len(head), *rest]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def trainings(runs: Sequence[str]) -> tuple[str, dict[str, list[str]]]:
     """The table of trainings with their predicted hours, and these by run, as they are shown."""
     found = {run: hours.predict(config_lib.load(f"{CONFIG}:{run}")) for run in runs}
@@ -112,14 +106,15 @@ def trainings(runs: Sequence[str]) -> tuple[str, dict[str, list[str]]]:
         "compiles the step and predicts from published rates ([clusters.md](../clusters.md)). By "
         "`python -m duc_dlc_jax.describe --config=configs/paper.py:RUN --hours`."
     )
-    return "\n\n".join([text, "\n".join(notes), cells([head, *rows]), after]), shown
+    return "\n\n".join([text, "\n".join(notes), markdown.table(head, rows), after]), shown
 
 
 def table(which: Table, folder: Path, predicted: dict[str, list[str]]) -> str:
     def number(value: float | None) -> str:
         return "-" if value is None else f"{value:.{which.digits}f}"
 
-    rows = [["method", "mIoU", "PA", "Final Score", "here", "training, protocol", "hours [1]"]]
+    head, rows = ["method", "mIoU", "PA", "Final Score", "here"], []
+    head += ["training, protocol", "hours [1]"]
     for row in which.rows:
         written = finished(folder, row.run) if row.run else None
         rows.append(
@@ -131,7 +126,7 @@ def table(which: Table, folder: Path, predicted: dict[str, list[str]]) -> str:
                 predicted[row.run][0] if row.run else "",
             ]
         )
-    return f"## Table {which.number}: {which.title}\n\n{cells(rows)}"
+    return f"## Table {which.number}: {which.title}\n\n{markdown.table(head, rows)}"
 
 
 def page(folder: Path) -> str:
@@ -139,7 +134,7 @@ def page(folder: Path) -> str:
     runs = list(dict.fromkeys(row.run for t in TABLES for row in t.rows if row.run))
     done = [run for run in runs if finished(folder, run)]
     costs, predicted = trainings(runs)
-    slips = cells([["place", "the paper", "here"], *SLIPS])
+    slips = markdown.table(["place", "the paper", "here"], SLIPS)
     parts = [
         "# The paper's tables",
         "Each row of the four tables of Sediqi and Lee (2021), in percent, and what this project "
