@@ -12,6 +12,7 @@ import numpy as np
 from duc_dlc_jax.data.labels import IGNORE
 from duc_dlc_jax.models.resizing import along_axis, interpolation_matrix
 
+WAYS = ("bands", "taps", "grid")  # of CPUs, GPUs and TPUs: `_Slabs`
 SLAB_BYTES = 2**24  # of one image's logits that are there at a time
 
 
@@ -24,7 +25,7 @@ class Scores(NamedTuple):
     right: jax.Array  # whether no class has more than the label's; gives no gradient
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5, 6))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5, 6, 7))
 def pixel_scores(
     logits: jax.Array,
     labels: jax.Array,
@@ -33,6 +34,7 @@ def pixel_scores(
     stride: int = 1,
     rounded: Any = None,
     shards: int = 1,
+    way: str = "",
 ) -> Scores:
     """Scores of the logits resized to the labels' size, without ever having all of these.
 
@@ -40,24 +42,23 @@ def pixel_scores(
     resized and reduced slab by slab, and once more for the gradient. table: of `Scores.weighted`,
     one number per class; () = 0 each. rounded: dtype that the gradient of the resized logits is
     rounded to before it is summed up in the logits' own; None = not at all. shards: in how many
-    parts the rows lie on devices; a slab has rows of each.
+    parts the rows lie on devices; a slab has rows of each. way: of `_Slabs`; "" = the platform's.
     """
 
-    def scores(resized, labels):
+    def scores(way, resized, labels):
         is_target = _is_target(resized, labels)
-        most = resized.max(-1)
-        total = jnp.exp(resized - most[..., None]).sum(-1)
-        target = jnp.where(is_target, resized, 0).sum(-1)
+        targets = jnp.where(is_target, resized, 0)
+        most, total, target = (_in_one_pass if way == "taps" else _reduced)(resized, targets)
         weighted = jnp.zeros_like(target)
         if table:
             weighted = (resized * _as_row(table, resized)).sum(-1)
         return Scores(most + jnp.log(total), target, weighted, (target >= most) & is_target.any(-1))
 
-    def of_all(banded, logits, labels):
-        slabs = _Slabs(logits, labels, grid, stride, shards, banded)
-        return slabs.each(lambda rows, labels: scores(slabs.resized(rows), labels))
+    def of_all(way, logits, labels):
+        slabs = _Slabs(logits, labels, grid, stride, shards, way)
+        return slabs.each(lambda rows, labels: scores(way, slabs.resized(rows), labels))
 
-    return _by_platform(of_all, shards, logits, labels)
+    return _by_platform(of_all, shards, way, logits, labels)
 
 
 def _pixel_scores_forward(logits, labels, *how):
@@ -65,7 +66,7 @@ def _pixel_scores_forward(logits, labels, *how):
     return scores, (logits, labels, scores.normalizer)
 
 
-def _pixel_scores_backward(table, grid, stride, rounded, shards, saved, gradients):
+def _pixel_scores_backward(table, grid, stride, rounded, shards, way, saved, gradients):
     def gradient(slabs, rows, labels, normalizer, of_normalizer, of_target, of_weighted):
         resized = slabs.resized(rows)
         found = of_normalizer[..., None] * jnp.exp(resized - normalizer[..., None])
@@ -74,23 +75,47 @@ def _pixel_scores_backward(table, grid, stride, rounded, shards, saved, gradient
             found += of_weighted[..., None] * _as_row(table, resized)
         return slabs.back(found.astype(rounded or found.dtype), rows)
 
-    def of_all(banded, logits, labels, *pixels):
-        slabs = _Slabs(logits, labels, grid, stride, shards, banded)
+    def of_all(way, logits, labels, *pixels):
+        slabs = _Slabs(logits, labels, grid, stride, shards, way)
         return slabs.sum(functools.partial(gradient, slabs), *pixels)
 
-    return _by_platform(of_all, shards, *saved, *gradients[:3]), None
+    return _by_platform(of_all, shards, way, *saved, *gradients[:3]), None
 
 
 pixel_scores.defvjp(_pixel_scores_forward, _pixel_scores_backward)
 
 
-def _by_platform(function, shards, *arrays):
-    """function(banded, *arrays): banded on CPUs; elsewhere, and for shards, not: see `_Slabs`."""
-    of_grid = functools.partial(function, False)
+def _by_platform(function, shards, way, *arrays):
+    """function(way, *arrays); without a way that of the platform: see `_Slabs`."""
+    if way:
+        return function(way, *arrays)
+    bands, taps, of_grid = (functools.partial(function, way) for way in WAYS)
     if shards > 1:
         return of_grid(*arrays)
-    cpu = functools.partial(function, True)
-    return jax.lax.platform_dependent(*arrays, cpu=cpu, default=of_grid)
+    return jax.lax.platform_dependent(*arrays, cpu=bands, cuda=taps, rocm=taps, default=of_grid)
+
+
+def _reduced(x, targets):
+    """Over the last axis: the maximum m, the sum of exp(x - m), and the sum of the targets."""
+    most = x.max(-1)
+    return most, jnp.exp(x - most[..., None]).sum(-1), targets.sum(-1)
+
+
+def _in_one_pass(x, targets):
+    """As `_reduced`, in a single reduction, into which a GPU's compiler takes what makes x."""
+
+    def merge(first, second):
+        (most, total, target), (other_most, other_total, other_target) = first, second
+        factor = jnp.exp(-jnp.abs(most - other_most))
+        total, other_total = (
+            jnp.where(most >= other_most, total, total * factor),
+            jnp.where(most >= other_most, other_total * factor, other_total),
+        )
+        return jnp.maximum(most, other_most), total + other_total, target + other_target
+
+    zero, least = jnp.zeros((), x.dtype), jnp.array(jnp.finfo(x.dtype).min, x.dtype)
+    parts = x, jnp.ones_like(x), targets
+    return jax.lax.reduce(parts, (least, zero, zero), merge, (x.ndim - 1,))
 
 
 def _is_target(logits, labels):
@@ -113,14 +138,17 @@ class _Rows(NamedTuple):
 class _Slabs:
     """The rows of resized logits in parts that fit `SLAB_BYTES` an image.
 
-    A slab needs a band of the grid's rows. banded: the columns of the band are resized first, its
-    rows last: on a CPU work and memory then grow with the pixels. Otherwise the band is the whole
-    grid, and rows come first: where rows lie on several devices less is then sent, and a TPU's
-    program moves and holds less (docs/performance.md, "Growth").
+    A slab needs a band of the grid's rows. How it is made, which is a matter of speed alone
+    (docs/performance.md, "The loss, alone" and "Growth"):
+      bands: the columns of the band are resized first, its rows last, so that on a CPU work and
+        memory grow with the pixels.
+      taps: rows first, of the whole grid; then each pixel reads its two columns.
+      grid: rows first, then columns by a product: where rows lie on several devices less is sent,
+        and a TPU's program moves and holds less.
     """
 
-    def __init__(self, logits, labels, grid: str, stride: int, shards: int, banded: bool):
-        self._banded = banded
+    def __init__(self, logits, labels, grid: str, stride: int, shards: int, way: str):
+        self._way = way
         self._logits, self._labels, self._shards = logits, labels, shards
         height, width = labels.shape[1:]
         bytes_per_image = height * width * logits.shape[-1] * logits.dtype.itemsize // shards
@@ -132,7 +160,7 @@ class _Slabs:
             for cells, pixels in zip(logits.shape[1:3], (height, width), strict=True)
         )
         self._same = stride == 1
-        self._bands = self._bands_of(rows) if banded else _Rows(
+        self._bands = self._bands_of(rows) if way == "bands" else _Rows(
             self._parts(jnp.asarray(rows, logits.dtype)), jnp.zeros(self._count, jnp.int32)
         )  # fmt: skip
 
@@ -191,11 +219,12 @@ class _Slabs:
         if self._same:
             return self._logits
         columns = jnp.asarray(self._columns, self._logits.dtype)
-        if not self._banded:
-            return along_axis(columns, along_axis(rows.matrix, self._logits, 1), 2)
-        band = rows.matrix.shape[1]
-        x = jax.lax.dynamic_slice_in_dim(self._logits, rows.start, band, 1)
-        return along_axis(rows.matrix, _along_columns(columns, x), 1)
+        if self._way == "bands":
+            band = rows.matrix.shape[1]
+            x = jax.lax.dynamic_slice_in_dim(self._logits, rows.start, band, 1)
+            return along_axis(rows.matrix, _along_columns(columns, x), 1)
+        x = along_axis(rows.matrix, self._logits, 1)
+        return _taps_of(self._columns, x) if self._way == "taps" else along_axis(columns, x, 2)
 
     def back(self, gradient: jax.Array, rows: _Rows) -> jax.Array:
         """What a gradient of `resized` is for the logits, or for the band of them: [B, n, w, K]."""
@@ -203,7 +232,7 @@ class _Slabs:
         if self._same:
             return gradient.astype(wide)
         columns = self._columns.T
-        if not self._banded:
+        if self._way != "bands":
             columns = jnp.asarray(columns, gradient.dtype)
             return along_axis(rows.matrix.T, along_axis(columns, gradient, 2, wide), 1)
         matrix = rows.matrix.T.astype(gradient.dtype)
@@ -213,3 +242,15 @@ class _Slabs:
 def _along_columns(matrix: jax.Array, x: jax.Array) -> jax.Array:
     """matrix [o, i] applied to axis 2 of x [B, n, i, K], in full precision, as one product."""
     return jnp.einsum("oi,bnik->bnok", matrix, x, precision=jax.lax.Precision.HIGHEST)
+
+
+def _taps_of(matrix: np.ndarray, x: jax.Array) -> jax.Array:
+    """As `_along_columns`, of a matrix with one or two neighbours in each row."""
+    pixels, cells = np.arange(len(matrix)), matrix.shape[1]
+    low = np.minimum((matrix > 0).argmax(1), max(cells - 2, 0))
+    high = np.minimum(low + 1, cells - 1)
+    first, second = matrix[pixels, low], np.where(high > low, matrix[pixels, high], 0)
+    first, second = (
+        jnp.asarray(weight, x.dtype)[None, None, :, None] for weight in (first, second)
+    )
+    return first * jnp.take(x, low, 2) + second * jnp.take(x, high, 2)

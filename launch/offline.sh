@@ -4,16 +4,29 @@
 #   launch/offline.sh pack OUT [--python=3.12] [--have=jax,jaxlib,numpy] [--records=data/camvid/2.0.0]
 #       [--weights=FILE] [--part_mib=60]
 #   launch/offline.sh unpack IN DIR
-#   launch/offline.sh measure OUT [JOB ...]        jobs: layers step camvid (all three without)
+#   launch/offline.sh measure OUT [JOB ...]        all jobs without
 #
 # pack downloads the wheels of constraints.txt that the other machine lacks (TensorFlow is left out:
 # training and evaluation run without it) and cuts them, the records and the weights into OUT/part-N.
 # unpack, there, joins the parts again, checks their sums, and installs the wheels into DIR/site.
 # measure, there, from a checkout with DIR/site on PYTHONPATH, writes JSON to OUT: nothing is built,
-# nothing is downloaded. camvid needs DATA_DIR (records) and WEIGHTS (an ImageNet ResNet-50).
+# nothing is downloaded. Its jobs:
+#
+#   layers  dilated convolutions and the loss, one by one, beside PyTorch
+#   step    training and labelling beside PyTorch, with a profile
+#   networks  training of other depths, output strides and crops, and under options of XLA
+#   resume  200 steps straight, twice, and killed after 100, resumed with the compilation cache and
+#           without; with train.deterministic and without. Needs camvid in DATA_DIR
+#   bundle  a network of `resume` exported, and timed beside PyTorch (after resume)
+#   camvid  the whole recipe, one seed. Needs camvid in DATA_DIR, and WEIGHTS (a ResNet-50)
+#   grid    the first variants of configs/ablation_camvid.py, STREAMS of them at once, beside camvid
 #
 # PYTHON  interpreter (default: python3)
 # EPOCHS  of camvid (default: 200); SOURCE, STRIDE_ON: of WEIGHTS (default: torchvision, 3x3)
+# FIELDS  more --config.NAME=VALUE of resume, camvid and grid
+# RESUME  of resume, pairs of deterministic,cache (default: all four)
+# GRID_EPOCHS, GRID_SEEDS  of grid (default: 30, 0,1,2)
+# STREAMS patterns of variants that run at once (default: "fcn,bilinear,duc dlc,duc_dlc,deeplabv3")
 set -euo pipefail
 
 usage() {
@@ -100,26 +113,110 @@ measure() {
   local out="$1" job
   shift
   mkdir -p "$out"
-  export XLA_PYTHON_CLIENT_MEM_FRACTION="${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.5}"
-  (($#)) || set -- layers step camvid
+  out="$(cd "$out" && pwd)"
+  (($#)) || set -- layers step networks resume bundle camvid grid
   for job in "$@"; do
     case "$job" in
-      layers | step)
-        local what=(--what=layers)
-        [[ "$job" == layers ]] || what=(--what="train,infer" --size=1024x2048 --profile)
-        "$python" -m duc_dlc_jax.benchmark --config=configs/ade20k.py --peer=torch --steps=10 \
-          "${what[@]}" --json="$out/$job.json"
-        ;;
-      camvid)
-        "$python" -m duc_dlc_jax.ablate --config=configs/ablation_camvid.py --workdir="$out/camvid" \
-          --only=duc_dlc --seeds=0 --weights --config.train.epochs="${EPOCHS:-200}" \
-          --config.data.dir="${DATA_DIR:?the folder of the prepared records}" \
-          --config.init.weights="${WEIGHTS:?an ImageNet ResNet-50}" \
-          --config.init.source="${SOURCE:-torchvision}" --config.model.stride_on="${STRIDE_ON:-3x3}"
-        ;;
-      *) fail "unknown job $job; there are layers, step, camvid" ;;
+      layers | step | networks | resume | bundle | camvid | grid) ;;
+      *) fail "unknown job $job; there are layers, step, networks, resume, bundle, camvid, grid" ;;
     esac
   done
+  read -ra fields <<<"${FIELDS:-}"
+  export XLA_PYTHON_CLIENT_MEM_FRACTION="${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.5}"
+  for job in "$@"; do
+    printf '%s begins after %s s\n' "$job" "$SECONDS"
+    "measure_$job" "$out"
+  done
+}
+
+benchmark() {
+  "$python" -m duc_dlc_jax.benchmark --config=configs/ade20k.py --steps=10 "$@"
+}
+
+measure_layers() {
+  benchmark --peer=torch --what=layers --json="$1/layers.json"
+}
+
+# Without CUDA graphs, in which the profile would not see single kernels.
+measure_step() {
+  XLA_FLAGS="--xla_gpu_enable_command_buffer= ${XLA_FLAGS:-}" benchmark --peer=torch \
+    --what=train,infer --size=1024x2048 --profile --rounds=3 --json="$1/step.json"
+}
+
+measure_networks() {
+  benchmark --what=train,networks --rounds=3 --json="$1/networks.json" \
+    --xla_options=xla_gpu_deterministic_ops=true,xla_gpu_enable_triton_gemm=false \
+    --networks=50/16@480x16,50/8@480x16,101/32@480x16,101/16@480x16,101/8@480x16,50/32@768x8,50/16@768x8,50/8@768x8,101/32@768x8,101/16@768x8,101/8@768x8
+}
+
+measure_resume() {
+  local out="$1" pair kind pids=() names=()
+  export XLA_PYTHON_CLIENT_MEM_FRACTION="${RESUME_MEM_FRACTION:-0.15}"
+  for pair in ${RESUME:-True,true True,false False,true False,false}; do
+    local dir="$out/resume/deterministic-${pair%,*}-cache-${pair#*,}"
+    mkdir -p "$dir"
+    JAX_ENABLE_COMPILATION_CACHE="${pair#*,}" "$python" -m duc_dlc_jax.main --workdir="$dir" \
+      --config=configs/camvid.py --config.data.crop_size=240 --config.data.threads=3 \
+      --config.data.dir="${DATA_DIR:?the folder of the prepared records}" \
+      --config.model.dtype=bfloat16 --config.train.eval_every=0 \
+      --config.train.deterministic="${pair%,*}" "${fields[@]}" \
+      --verify_resume --verify_steps="${STEPS:-200}" >"$dir.txt" 2>&1 &
+    pids+=("$!") names+=("$dir")
+  done
+  local i
+  for i in "${!pids[@]}"; do
+    wait "${pids[i]}" && printf 'equal: %s\n' "${names[i]}" || printf 'not equal: %s\n' "${names[i]}"
+    tail -n 4 "${names[i]}.txt"
+  done
+  for kind in True False; do
+    local one="$out/resume/deterministic-$kind-cache"
+    [[ -d "$one-true" && -d "$one-false" ]] || continue
+    printf 'straight twice, deterministic %s: ' "$kind"
+    JAX_PLATFORMS=cpu "$python" - "$one-true" "$one-false" "${STEPS:-200}" <<'PY' || true
+import sys
+from etils import epath
+from duc_dlc_jax.verify_resume import compare
+from duc_dlc_jax.errors import NotEqual
+one, other = (epath.Path(folder) / "verify_resume" / "straight" for folder in sys.argv[1:3])
+try:
+    print(compare(one, other, int(sys.argv[3])))
+except NotEqual as error:
+    print("\n".join(str(error).splitlines()[:6]))
+PY
+  done
+  export XLA_PYTHON_CLIENT_MEM_FRACTION=0.5
+}
+
+measure_bundle() {
+  local run="$1/resume/deterministic-False-cache-true/verify_resume/straight"
+  "$python" -m duc_dlc_jax.export --workdir="$run" --output="$1/bundle" --format=stablehlo \
+    --dtype=bfloat16
+  "$python" -m duc_dlc_jax.benchmark.bundles --model="$1/bundle" --workdir="$run" --rounds=2 \
+    --calls=10 | tee "$1/bundles.txt"
+}
+
+ablate() {
+  "$python" -m duc_dlc_jax.ablate --config=configs/ablation_camvid.py \
+    --config.data.dir="${DATA_DIR:?the folder of the prepared records}" \
+    --config.init.weights="${WEIGHTS:?an ImageNet ResNet-50}" \
+    --config.init.source="${SOURCE:-torchvision}" \
+    --config.model.stride_on="${STRIDE_ON:-3x3}" "$@" "${fields[@]}"
+}
+
+measure_camvid() {
+  ablate --workdir="$1/camvid" --only=duc_dlc --seeds=0 --weights --config.train.eval_every=918 \
+    --config.train.checkpoint_every=100000 --config.train.epochs="${EPOCHS:-200}"
+}
+
+measure_grid() {
+  local stream
+  for stream in ${STREAMS:-fcn,bilinear,duc dlc,duc_dlc,deeplabv3}; do
+    ablate --workdir="$1/grid-${stream//,/-}" --only="$stream" --seeds="${GRID_SEEDS:-0,1,2}" \
+      --config.train.eval_every=0 --config.train.checkpoint_every=100000 \
+      --config.train.epochs="${GRID_EPOCHS:-30}" >"$1/grid-${stream//,/-}.txt" 2>&1 &
+  done
+  wait
+  tail -n 12 "$1"/grid-*.txt
 }
 
 case "${1:-}" in

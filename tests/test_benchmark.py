@@ -9,9 +9,12 @@ import pytest
 
 import runs
 from duc_dlc_jax import describe
-from duc_dlc_jax.benchmark import floor, profile, timing
+from duc_dlc_jax.benchmark import floor, networks, profile, timing
+from duc_dlc_jax.config import ConfigError
 from duc_dlc_jax.data.labels import label_spec
 from duc_dlc_jax.models import segmenter
+
+UNKNOWN = "xla_of_another_version=true"
 
 
 @pytest.fixture(scope="module")
@@ -20,6 +23,7 @@ def figures(tmp_path_factory):
     small = [f"--config.{name}={value}" for name, value in runs.TINY.items()]
     command = [sys.executable, "-m", "duc_dlc_jax.benchmark", "--config=configs/demo.py", *small]
     command += ["--steps=1", "--rounds=2", "--size=64x96", "--profile", f"--json={file}"]
+    command += ["--what=train,infer,networks", "--networks=14/32@65x2", f"--xla_options={UNKNOWN}"]
     result = runs.run(command, devices=2)
     return json.loads(file.read_text()), result.stdout
 
@@ -56,6 +60,30 @@ def test_the_profile_knows_the_parts_of_the_network(figures):
     assert ("optimizer", "forward") in found
     unknown = sum(row["seconds"] for row in rows if row["group"] == "other")
     assert unknown < 0.1 * sum(row["seconds"] for row in rows)
+
+
+def test_other_networks_and_options(figures):
+    values, printed = figures
+    other = values["networks"]["14/32@65x2"]
+    assert (other["image"], other["batch_size"]) == ([65, 65], 2)
+    assert other["seconds"] == np.median(other["rounds"]) > 0
+    assert UNKNOWN.split("=")[0] in values["networks"][UNKNOWN]["failed"]
+    assert f"{UNKNOWN}: failed: " in printed
+
+
+def test_names_of_networks_and_options():
+    config = runs.tiny_config("data")
+    changed = networks.network(config, "101/8@768x16")
+    assert (changed.model.depth, changed.model.output_stride) == (101, 8)
+    assert (changed.data.crop_size, changed.train.batch_size) == (768, 16)
+    assert networks.option("xla_a_b=true") == {"xla_a_b": True}
+    assert networks.option("xla_a_b=3") == {"xla_a_b": "3"}
+    for function, text in (
+        (lambda t: networks.network(config, t), "101x8"),
+        (networks.option, "a=b"),
+    ):
+        with pytest.raises(ConfigError, match=text):
+            function(text)
 
 
 def test_groups_of_operations():

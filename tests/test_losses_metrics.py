@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -404,9 +405,16 @@ def test_no_buffer_of_a_new_state_appears_twice(bfloat16_run):
 
 
 @pytest.mark.parametrize("grid", ["corners", "stride", "half_pixel"])
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_the_loss_in_slabs_equals_that_of_all_logits(grid, smoothing, monkeypatch):
-    """Value, accuracy and gradient, 37 rows in 5 slabs of 8; ignored pixels and rows."""
+@pytest.mark.parametrize(
+    ("way", "smoothing"), [("bands", 0), ("bands", 0.1), ("taps", 0.1), ("grid", 0)]
+)
+def test_the_loss_in_slabs_equals_that_of_all_logits(grid, way, smoothing, monkeypatch):
+    """Value, accuracy and gradient, 37 rows in 5 slabs of 8; ignored pixels and rows.
+
+    In the ways of CPUs, of GPUs and of TPUs: bands is what this machine takes by itself.
+    """
+    if way != "bands":
+        monkeypatch.setattr(pixel_scores, "_by_platform", lambda f, _, __, *x: f(way, *x))
     rng = np.random.default_rng(0)
     chosen = losses.Options((0.5, 2.0, 1.0, 0.25), smoothing)
     with jax.enable_x64(True):
@@ -437,3 +445,21 @@ def test_the_loss_in_slabs_equals_that_of_all_logits(grid, smoothing, monkeypatc
         program = jax.jit(jax.value_and_grad(slabs, has_aux=True)).lower(logits).compile()
     assert "f64[2,8,50,4]" in program.as_text()
     assert "f64[2,37,50,4]" not in program.as_text()
+
+
+@pytest.mark.parametrize("way", ["bands", "taps", "grid"])
+def test_logits_that_are_large_or_not_finite(way):
+    """exp() of any of them alone would leave float32; one that is not finite must show."""
+    how = (), "corners", 8, None, 1, way
+    rng = np.random.default_rng(0)
+    for cells in ((3, 4), (1, 1)):  # one cell has no neighbour
+        labels = jnp.asarray(rng.integers(0, 3, (1, 8 * cells[0], 8 * cells[1])).astype(np.uint8))
+        logits = jnp.asarray(1e4 * rng.normal(size=(1, *cells, 3)).astype(np.float32))
+        resized = resizing.resize_bilinear(logits, labels.shape[1:], "corners", 1 / 8)
+        expected = jax.nn.logsumexp(resized, -1)
+        found: Any = pixel_scores.pixel_scores(logits, labels, *how)
+        np.testing.assert_allclose(found.normalizer, expected, rtol=2e-6, atol=3e-3)  # 3 ulp of 1e4
+        np.testing.assert_array_equal(found.right, resized.argmax(-1) == labels)
+        for bad in (np.nan, np.inf):
+            found = pixel_scores.pixel_scores(logits.at[0, 0, 0, 1].set(bad), labels, *how)
+            assert not np.isfinite(found.normalizer[0, 0, 0])

@@ -61,7 +61,10 @@ def test_a_flipped_bit_is_noticed(packed, tmp_path):
         (["pack"], "pack needs a folder"),
         (["pack", "out", "--records=nowhere", "--have=all"], "no such folder"),
         (["pack", "out", "--part_mib=x"], "a number of MiB"),
-        (["measure", "out", "dance"], "unknown job dance; there are layers, step, camvid"),
+        (
+            ["measure", "out", "dance"],
+            "unknown job dance; there are layers, step, networks, resume",
+        ),
         (["fly"], "pack, unpack or measure"),
     ],
 )

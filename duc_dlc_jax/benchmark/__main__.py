@@ -6,6 +6,7 @@ input  crops/s of one core from prepared records, beside PyTorch's DataLoader; -
        the images; --formats compares ways to store them instead
 fed    training steps fed by the input pipeline beside steps that get one batch again and again
 layers dilated convolutions, their gradients, and the loss, in each way there is
+networks the training step of each of --networks, and of the configuration's under --xla_options
 growth how FLOPs, bytes and memory of the step grow with pixels, batch, classes and depth
 
 train, infer and growth need no data. The first two say which share of the layer-wise floor is
@@ -31,16 +32,25 @@ from ml_collections import config_flags
 
 from duc_dlc_jax import cli, protocols
 from duc_dlc_jax import config as config_lib
-from duc_dlc_jax.benchmark import formats, growth, inputs, layers, model
+from duc_dlc_jax.benchmark import formats, growth, inputs, layers, model, networks
 from duc_dlc_jax.benchmark.peer import Peer, layer_seconds
 from duc_dlc_jax.data import photos
 from duc_dlc_jax.models import segmenter
 
-KINDS = ("train", "infer", "input", "fed", "layers", "growth")
+KINDS = ("train", "infer", "input", "fed", "layers", "networks", "growth")
+
+
+def write(path: str, result: dict[str, Any]) -> None:
+    """What is known so far, to --json: a run that is cut off has not been for nothing."""
+    if path:
+        Path(path).write_text(json.dumps(result, indent=1) + "\n")
 
 
 def show_rates(what: str, r: dict[str, Any]) -> None:
-    """Prints what `model.train` or `model.infer` returned."""
+    """Prints what `model.train` or `model.infer` returned, or why there is nothing."""
+    if "failed" in r:
+        print(f"{what}: failed: {r['failed']}")
+        return
     size = "x".join(map(str, r["image"]))
     speed = f"{r['images_per_second']:.1f} images/s, {r['flop_per_second'] / 1e12:.3f} TFLOP/s"
     share = f"{100 * r['floor_share']:.0f}% of the layer-wise floor"
@@ -69,7 +79,7 @@ def show_rates(what: str, r: dict[str, Any]) -> None:
 
 
 def rates(args: Any, kinds: list[str]) -> dict[str, Any]:
-    """Runs and prints `train` and `infer`."""
+    """Runs and prints `train`, `infer` and `networks`."""
     size = cli.parsed_size("size", args.size) if args.size else None
     work, result = model.Work(args.config, size), {}
     print("{devices} x {device}, {dtype}, {classes} classes, JAX {jax}".format(**work.conditions()))
@@ -83,13 +93,24 @@ def rates(args: Any, kinds: list[str]) -> dict[str, Any]:
             peer.warm_up(kinds)
             print(f"PyTorch {peer.version}: logits differ by {peer.difference:.1e} (relative)")
             result["peer"] = {"torch": peer.version, "difference": peer.difference}
+        result |= work.conditions()
         if "train" in kinds:
-            result["train"] = model.train(work, args.steps, args.rounds, peer, args.profile)
+            timed = model.train(work, work.step(), args.steps, args.rounds, peer, args.profile)
+            result["train"] = timed
             show_rates("train", result["train"])
+            write(args.json, result)
         if "infer" in kinds:
             result["infer"] = model.infer(work, args.steps, args.rounds, peer)
             show_rates("infer", result["infer"])
-    return work.conditions() | result
+            write(args.json, result)
+    if "networks" in kinds:
+        result["networks"] = {}
+        rows = networks.timed(work, args.networks, args.xla_options, args.steps, args.rounds)
+        for name, figures in rows:
+            result["networks"][name] = figures
+            show_rates(name, figures)
+            write(args.json, result)
+    return result
 
 
 def show_fed(result: dict[str, Any]) -> None:
@@ -178,7 +199,7 @@ def main(_) -> None:
             raise config_lib.ConfigError(f"--what={','.join(unknown)}; allowed: {', '.join(KINDS)}")
         if "layers" in args.what:
             result |= measure_layers(args)
-        if {"train", "infer"} & set(args.what):
+        if {"train", "infer", "networks"} & set(args.what):
             result |= rates(args, args.what)
         if "growth" in args.what:
             result |= measure_growth(args)
@@ -188,8 +209,7 @@ def main(_) -> None:
             fed = model.fed(args.config, args.steps) | inputs.conditions()
             show_fed(fed)
             result |= {"fed": fed}
-    if args.json:
-        Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
+    write(args.json, result)
 
 
 if __name__ == "__main__":
@@ -210,6 +230,11 @@ if __name__ == "__main__":
     flags.DEFINE_list("batches", ["1", "2", "4", "8"], "With --what=growth: images a step.")
     flags.DEFINE_list("classes", ["19", "150", "1000"], "With --what=growth.")
     flags.DEFINE_list("depths", ["50", "101", "152"], "With --what=growth: of the ResNet.")
+    of_networks = "With --what=networks: "
+    named = "101/8@768x16: depth, output stride, crop and batch."
+    flags.DEFINE_list("networks", [], of_networks + named)
+    options = "options of XLA, as in xla_gpu_deterministic_ops=true."
+    flags.DEFINE_list("xla_options", [], of_networks + options)
     flags.DEFINE_bool("timed", False, "With --what=growth: also run the programs.")
     flags.DEFINE_string("plot", "", "With --what=growth: a PNG or SVG to draw; needs matplotlib.")
     protocols.define_flags()

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from duc_dlc_jax import losses
+from duc_dlc_jax import losses, pixel_scores
 from duc_dlc_jax.benchmark.timing import seconds_per_call
 from duc_dlc_jax.models import layers, resizing
 
@@ -85,7 +85,8 @@ def table(dtype: Any, batch: int, steps: int, shapes: Any = None) -> list[dict[s
 def losses_table(batch: int, side: int, steps: int, classes: Any = (19, 150)) -> list[dict]:
     """Seconds of the loss of 1/8 logits and its gradient, in each way, with temporary bytes.
 
-    "whole" has the logits at full size and JAX's own gradient; the others are `pixel_scores`.
+    "whole" has the logits at full size and JAX's own gradient; the others are `pixel_scores`, whose
+    ways are those of CPUs, GPUs and TPUs.
     """
     rng, rows = np.random.default_rng(0), []
     cells = -(-side // 8)
@@ -98,13 +99,15 @@ def losses_table(batch: int, side: int, steps: int, classes: Any = (19, 150)) ->
             target = (labels[..., None] == jnp.arange(x.shape[-1])[None, None, None]) * x
             return (jax.nn.logsumexp(x, -1) - target.sum(-1)).mean()
 
-        def slabs(rounded, logits, labels):
-            plain = losses.Options()
-            return losses.loss_and_accuracy(logits, labels, plain, "corners", 8, rounded)[0]
+        def slabs(way, rounded, logits, labels):
+            how = (), "corners", 8, rounded, 1, way
+            scores: Any = pixel_scores.pixel_scores(logits, labels, *how)
+            return losses.mean(*losses.sums(scores, labels))
 
         row: dict[str, Any] = {"classes": k}
         named = {"whole": whole} | {
-            f"slabs, {dtype} gradient": functools.partial(slabs, jnp.dtype(dtype))
+            f"slabs, {way}, {dtype} gradient": functools.partial(slabs, way, jnp.dtype(dtype))
+            for way in pixel_scores.WAYS
             for dtype in ("float32", "bfloat16")
         }
         for name, function in named.items():

@@ -35,7 +35,13 @@ class Work:
     Raises ConfigError where the batch does not divide over the devices.
     """
 
-    def __init__(self, config: ml_collections.ConfigDict, size: Size | None = None):
+    def __init__(
+        self,
+        config: ml_collections.ConfigDict,
+        size: Size | None = None,
+        ceilings: floor.Ceilings | None = None,
+    ):
+        """size: of the images of inference; ceilings: measured if not given."""
         config_lib.validate(config)
         self.config, self.mesh = config, sharding.training_mesh(config)
         self.classes = find_spec(config.data).num_classes
@@ -44,7 +50,12 @@ class Work:
         self.variables = init_variables(self.model, config.seed)
         self.crop: Size = config_lib.crop_shape(config.data)
         self.size = size or self.crop  # of inference
-        self.ceilings = floor.ceilings(config.model.dtype)
+        self.ceilings = ceilings or floor.ceilings(config.model.dtype)
+
+    def step(self, options: dict[str, Any] | None = None) -> Step:
+        """The compiled training step on a random batch; options: of XLA, for this program."""
+        data, size = random_batch(self.config, self.classes), 1000  # the schedule's steps
+        return Step(self.config, self.model, self.mesh, self.variables, data, size, options)
 
     def rates(self, what: str, seconds: list[float]) -> dict[str, Any]:
         """Images/s, FLOP/s and share of the floor of rounds that took `seconds` per call.
@@ -104,7 +115,7 @@ def time_train_step(config, model, mesh, variables, data, steps: int) -> tuple[f
 class Step:
     """A compiled training step that goes on from its own state at each call."""
 
-    def __init__(self, config, model, mesh, variables, data, steps: int):
+    def __init__(self, config, model, mesh, variables, data, steps: int, options: Any = None):
         optimizer = optimizers.create(config.optimizer, config.train.steps or steps)
         state = create_state(model, optimizer, config, variables)
         self._state = jax.device_put(state, sharding.replicated(mesh))
@@ -112,7 +123,7 @@ class Step:
         step = make_train_step(model, optimizer, config, [1] * model.num_classes)
         jitted = sharding.jit_train_step(step, mesh)
         start = time.perf_counter()
-        self.compiled = jitted.lower(self._state, self._data).compile()
+        self.compiled = jitted.lower(self._state, self._data).compile(options)
         self.compile_seconds = time.perf_counter() - start
         self.peak_bytes = sharding.bytes_per_device(self.compiled)
 
@@ -122,25 +133,31 @@ class Step:
 
 
 def train(
-    work: Work, steps: int, rounds: int, peer: Peer | None = None, trace: bool = False
+    work: Work, step: Step, steps: int, rounds: int, peer: Peer | None = None, trace: bool = False
 ) -> dict[str, Any]:
     """The training step on all devices: `rounds` of `steps` steps, alternating with the peer's.
 
     trace: also where the time goes, by layer group, forward and backward, from a profile.
     """
-    config = work.config
-    data = random_batch(config, work.classes)
-    total = (rounds + 2) * steps
-    step = Step(config, work.model, work.mesh, work.variables, data, total)
-    seconds, theirs = _rounds(step, steps, rounds, peer, "train")
-    result = work.rates("train", seconds) | theirs
-    result |= {"peak_bytes_per_device": step.peak_bytes, "compile_seconds": step.compile_seconds}
+    result = timed_step(work, step, steps, rounds, peer)
     if trace:
         times = profile.trace(step, 3)
         names = profile.instructions(step.compiled.as_text())
         result["profile"] = profile.by_group(times, names, work.variables["params"])
         result["slowest"] = profile.slowest(times, names, 40)
     return result
+
+
+def timed_step(
+    work: Work, step: Step, steps: int, rounds: int, peer: Peer | None = None
+) -> dict[str, Any]:
+    """Rates, memory and seconds of compilation of a compiled step."""
+    seconds, theirs = _rounds(step, steps, rounds, peer, "train")
+    result = work.rates("train", seconds) | theirs
+    return result | {
+        "peak_bytes_per_device": step.peak_bytes,
+        "compile_seconds": step.compile_seconds,
+    }
 
 
 def infer(work: Work, steps: int, rounds: int, peer: Peer | None = None) -> dict[str, Any]:
