@@ -62,5 +62,6 @@ def get_comparisons():
         ("dlc", "duc_dlc", "DUC's guidance, under DLC"),
         ("duc", "duc_dlc", "DLC, on DUC"),
         ("bilinear", "duc_dlc", "DUC's guidance and DLC"),
+        ("fcn", "duc_dlc", "the paper's network against FCN"),
         ("deeplabv3", "duc_dlc", "the paper's network against DeepLabv3 at 1/16"),
     ]

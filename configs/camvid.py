@@ -3,8 +3,8 @@
 Command   python -m duc_dlc_jax.main --config=configs/camvid.py --workdir=runs/camvid
           --config.init.weights=FILE --config.init.source=NAME
 Data      python -m duc_dlc_jax.data.prepare --dataset=camvid --raw_dir=DIR --data_dir=data
-Hardware  one accelerator with 16 GB or more; 939 images/s on an H100 in bfloat16, 80 s of steps
-Score     not measured at this length; 36 of the 200 epochs: 0.676 val mIoU (docs/results/camvid.md)
+Hardware  one accelerator with 16 GB or more; on an H200 in bfloat16 2.5 minutes, compiled and all
+Score     0.718 val mIoU, 0.941 PA; 0.742 with multi_scale (docs/results/camvid.md)
 """
 
 from duc_dlc_jax import config as base

@@ -92,7 +92,7 @@ def test_hours_are_measured_where_the_shapes_are_and_extrapolated_elsewhere():
     found = hours.predict(config_lib.load("configs/paper.py:ade20k_r50"))
     images = 151_575 * 16  # 20,210 images, 120 epochs
     assert found["images"] == images
-    first, second, cpu = found["devices"]
+    first, second, _, cpu = found["devices"]
     assert first["hours"] == pytest.approx(images / 323 / 3600)
     assert cpu["hours"] == pytest.approx(images * 1.11 / 3600)
     assert [row["extrapolated"] for row in (first, second, cpu)] == [False, True, False]

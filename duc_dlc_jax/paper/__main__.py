@@ -89,7 +89,7 @@ def trainings(runs: Sequence[str]) -> tuple[str, dict[str, list[str]]]:
         for run, figures in found.items()
     ]
     notes = [
-        f"- [{i + 1}] {d['measured']}: {d['images_per_second']:.3g} images/s, {d['gmacs']:.2f} "
+        f"- [{i + 1}] {d['measured']}: {d['images_per_second']:.4g} images/s, {d['gmacs']:.2f} "
         f"GMACs a crop{'; ' + d['note'] if d['note'] else ''} "
         "([performance.md](../performance.md))."
         for i, d in enumerate(devices)
