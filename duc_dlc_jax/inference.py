@@ -36,14 +36,25 @@ class Labeller:
         def sample(images, rows, columns):
             return sampled(images, rows, columns)
 
-        def finish(groups, labels):
-            ids = over_tiles(groups, labels.shape, protocol, lambda x: x.argmax(-1))
-            ids = ids.astype(jnp.uint8)
+        def counted(ids, labels):
             return metrics.confusion_matrix(labels, ids, model.num_classes), ids
+
+        def best(groups, labels):
+            ids = over_tiles(groups, labels.shape, protocol, lambda x: x.argmax(-1))
+            return ids.astype(jnp.uint8)
+
+        def finish(groups, labels):
+            return counted(best(groups, labels), labels)
 
         def direct(variables, images, valid, reads, labels):
             logits: Any = network(variables, images, valid)
-            return finish([(logits[:, None, None], *reads)], labels)
+            ids = jax.lax.platform_dependent(
+                logits,
+                reads,
+                cpu=lambda logits, reads: class_by_class(logits, reads, labels.shape),
+                default=lambda logits, reads: best([(logits[:, None, None], *reads)], labels),
+            )
+            return counted(ids, labels)
 
         def jit(function: Callable, *batched: Any, out: Any = split) -> Any:
             return jax.jit(function, in_shardings=batched, out_shardings=out)
@@ -71,13 +82,21 @@ class Labeller:
         Returns the confusion matrix of the batch, int32 [K, K], and train ids uint8 [B, H, W], of
         which those beyond an image's size mean nothing.
         """
-        padded = images.shape[1], images.shape[2]
         if self.protocol.direct:
-            valid = np.asarray(sizes, np.int32) if self.protocol.pads else None
-            reads = self._reads(sizes, 1.0, padded)
-            return self._direct(variables, *self._put((images, valid, reads, labels)))
+            return self._direct(variables, *self._direct_arguments(images, labels, sizes))
         groups = self.groups(variables, images, sizes)
         return self._finish(groups, self._put(labels))
+
+    def compiled(self, variables: Any, images, labels, sizes: Sequence[Size]) -> Any:
+        """The program of a call that needs no windows, to be looked at; arguments as of a call."""
+        return self._direct.lower(
+            variables, *self._direct_arguments(images, labels, sizes)
+        ).compile()
+
+    def _direct_arguments(self, images, labels, sizes):
+        valid = np.asarray(sizes, np.int32) if self.protocol.pads else None
+        reads = self._reads(sizes, 1.0, images.shape[1:3])
+        return self._put((images, valid, reads, labels))
 
     def _put(self, arrays: Any) -> Any:
         """This process's arrays on its devices; with several processes jit does not do it."""
@@ -173,6 +192,32 @@ def over_tiles(groups, shape, protocol: Protocol, finish: Callable) -> jax.Array
     done = jnp.moveaxis(done, (2, 0, 3, 1, 4), (0, 1, 2, 3, 4))
     done = done.reshape(batch, tiles[0] * tile[0], tiles[1] * tile[1], *done.shape[5:])
     return done[:, :height, :width]
+
+
+def class_by_class(logits: jax.Array, reads, shape: Sequence[int]) -> jax.Array:
+    """The class of the largest logit at every label pixel, of one view: uint8 [B, H, W].
+
+    For CPUs, whose vectors then run along the pixels: an arg-max over a pixel's classes takes them
+    four times as long. logits: [B, h, w, K]; reads: of `Labeller._reads`; shape: (B, H, W).
+    """
+    (rows, row_part), (columns, column_part) = (
+        [table.reshape(len(table), -1)[:, :length] for table in tables[:2]]
+        for tables, length in zip(reads, shape[1:], strict=True)
+    )
+    cells = jnp.arange(logits.shape[2])[None, :, None]
+    below = jnp.where(cells == columns[:, None], 1 - column_part[:, None], 0)
+    above = jnp.where(cells == columns[:, None] + 1, column_part[:, None], 0)
+    across = (below + above).astype(logits.dtype)  # [B, w, W]
+
+    def more(k, found):
+        largest, ids = found
+        x = jax.lax.dynamic_index_in_dim(logits, k, 3, keepdims=False)
+        x = jnp.matmul(x, across, precision=jax.lax.Precision.HIGHEST)
+        x = resizing.interpolate(x[..., None], rows, row_part, 1)[..., 0]
+        return jnp.maximum(x, largest), jnp.where(x > largest, k.astype(jnp.uint8), ids)
+
+    nothing = jnp.full(shape, -jnp.inf, logits.dtype), jnp.zeros(shape, jnp.uint8)
+    return jax.lax.fori_loop(0, logits.shape[3], more, nothing)[1]
 
 
 def _add_views(total, logits, reads, score):

@@ -112,6 +112,26 @@ def test_exponents_beyond_float32_are_shifted_for_all_scores_alike():
     np.testing.assert_allclose(np.log(values), logits[:, 0, 0] - 20, rtol=1e-4)
 
 
+@pytest.mark.parametrize("grid", ["corners", "stride", "half_pixel"])
+def test_classes_one_by_one_give_the_largest_of_all(grid):
+    """In the CPU's way and in the others', for images smaller than their canvas, ties included."""
+    model = segmenter.create(config_lib.default().model, 7)
+    protocol = protocols.Protocol(grid=grid, logit_stride=8, pad_sides=(96,))
+    labeller = inference.Labeller(model, protocol, sharding.make_mesh(devices=jax.devices()[:1]))
+    sizes, shape = [(60, 93), (92, 70), (7, 5)], (3, 92, 96)
+    logits = np.random.default_rng(0).normal(size=(3, 12, 12, 7)).astype(np.float32)
+    logits[:, :3, :3] = 1.0
+    reads = labeller._reads(sizes, 1.0, shape[1:])
+    ours = inference.class_by_class(jnp.asarray(logits), reads, shape)
+    views = [(jnp.asarray(logits)[:, None, None], *reads)]
+    expected = inference.over_tiles(views, shape, protocol, lambda x: x.argmax(-1))
+    assert ours.dtype == jnp.uint8
+    for ids, others, (height, width) in zip(ours, expected, sizes, strict=True):
+        np.testing.assert_array_equal(ids[:height, :width], others[:height, :width])
+    assert len(np.unique(ours)) == 7
+    assert (ours[2, :7, :5] == 0).all()  # the first of equals
+
+
 # Programs
 
 

@@ -6,8 +6,9 @@ FOLDER holds config.json, variables.npz, batch.npz (image, label, infer) and set
 process builds the network of `torch_twin` with the package's algebraic shortcuts, in channels_last,
 under bfloat16 autocast where the configuration says bfloat16, writes the logits of the first image,
 and then answers lines of JSON on stdin: {"what": "train" or "infer", "steps": N, "way": "eager" or
-"compile"} -> {"seconds": per call, "peak_bytes": ...}. Where settings.json has shapes, it times
-single convolutions instead and prints their seconds.
+"compile"} -> {"seconds": per call, "peak_bytes": ...}; {"what": "groups", "steps": N} -> {"groups":
+{layer group: seconds}} of one image labelled in eager mode. Where settings.json has shapes, it
+times single convolutions instead and prints their seconds.
 """
 
 from __future__ import annotations
@@ -166,12 +167,49 @@ class Peer:
         with torch.inference_mode():
             return self.way(way, self.label)(self.image)
 
+    def groups(self, steps: int) -> dict[str, float]:
+        """Median seconds of the network's parts in labelling, each waited for."""
+        parts = {"backbone": self.net.backbone, "guidance": self.net.duc, "duc": self.net.duc}
+        parts |= {f"layer{i}": getattr(self.net.backbone, f"layer{i}") for i in range(1, 5)}
+        parts |= {"dlc": self.net.dlc, "classifier": self.net.classifier}
+        methods = {name: "strided" if name == "guidance" else "forward" for name in parts}
+        taken: dict[str, list[float]] = {name: [] for name in (*parts, "other")}
+        for name, module in parts.items():
+            setattr(module, methods[name], timed(getattr(module, methods[name]), taken[name]))
+        for _ in range(steps + 2):
+            wait()
+            start = time.perf_counter()
+            self.infer("eager")
+            wait()
+            taken["other"].append(time.perf_counter() - start)
+        for name, module in parts.items():
+            delattr(module, methods[name])  # of the instance: the class's own is left
+        found = {name: float(np.median(seconds[2:])) for name, seconds in taken.items()}
+        found["other"] -= sum(found[name] for name in ("backbone", "duc", "dlc", "classifier"))
+        found["duc"] -= found["guidance"]
+        found["stem"] = found.pop("backbone") - sum(found[f"layer{i}"] for i in range(1, 5))
+        return found
+
     def first_logits(self) -> np.ndarray:
         self.net.eval()
         with torch.no_grad(), torch.autocast(DEVICE.type, torch.bfloat16, enabled=self.half):
             x = self.normalised(self.images[:1])
             logits = self.logits(x, self.images.shape[2:])
         return logits.permute(0, 2, 3, 1).cpu().numpy()
+
+
+def timed(function, taken: list[float]):
+    """The function, which notes the seconds of each call."""
+
+    def call(*args):
+        wait()
+        start = time.perf_counter()
+        result = function(*args)
+        wait()
+        taken.append(time.perf_counter() - start)
+        return result
+
+    return call
 
 
 def layer_seconds(shapes, batch: int, half: bool, steps: int) -> list[dict[str, float]]:
@@ -235,6 +273,9 @@ def main(folder: str) -> None:
     print(json.dumps({"ready": torch.__version__, "device": DEVICE.type}), flush=True)
     for line in sys.stdin:
         asked = json.loads(line)
+        if asked["what"] == "groups":
+            print(json.dumps({"groups": peer.groups(asked["steps"])}), flush=True)
+            continue
         call, way = getattr(peer, asked["what"]), asked["way"]
         try:
             wait()

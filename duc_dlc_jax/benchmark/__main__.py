@@ -10,7 +10,7 @@ networks the training step of each of --networks, and of the configuration's und
 growth how FLOPs, bytes and memory of the step grow with pixels, batch, classes and depth
 
 train, infer and growth need no data. The first two say which share of the layer-wise floor is
-reached, with --profile where the time of a step goes, and with --peer=torch how PyTorch does the
+reached, with --profile where the time goes, and with --peer=torch how PyTorch does the
 same network in alternating rounds of the same run.
 
 With `--evaluate=1024x2048` it times instead how one image of this size is labelled by `--protocol`,
@@ -70,11 +70,14 @@ def show_rates(what: str, r: dict[str, Any]) -> None:
         if peer["ratios"]:
             pairs = ", ".join(f"{ratio:.2f}" for ratio in peer["ratios"])
             print(f"  PyTorch's time over ours: {peer['ratio']:.2f} (pairs: {pairs})")
+    theirs = r.get("peer_groups", {})
     for row in r.get("profile", ()):
         least = r["floor_by_group"].get(row["group"], 0)
+        beside = theirs.get(row["group"])
+        peer = "" if beside is None else f", PyTorch's {1e3 * beside:.3f} ms"
         print(
             f"  {row['group']:<12}{row['direction']:<10}{1e3 * row['seconds']:>9.3f} ms"
-            f"{row['kernels']:>8.0f} kernels   (group's floor {1e3 * least:.3f} ms)"
+            f"{row['kernels']:>8.0f} kernels   (group's floor {1e3 * least:.3f} ms{peer})"
         )
 
 
@@ -100,7 +103,7 @@ def rates(args: Any, kinds: list[str]) -> dict[str, Any]:
             show_rates("train", result["train"])
             write(args.json, result)
         if "infer" in kinds:
-            result["infer"] = model.infer(work, args.steps, args.rounds, peer)
+            result["infer"] = model.infer(work, args.steps, args.rounds, peer, args.profile)
             show_rates("infer", result["infer"])
             write(args.json, result)
     if "networks" in kinds:
@@ -221,7 +224,7 @@ if __name__ == "__main__":
     flags.DEFINE_enum("peer", "", ["", "torch"], "Also time PyTorch, in alternating rounds.")
     flags.DEFINE_multi_enum("ways", ["eager", "compile"], ["eager", "compile"], "Of PyTorch.")
     flags.DEFINE_integer("threads", 0, "Of PyTorch's; 0: its own choice.", 0)
-    flags.DEFINE_bool("profile", False, "Also say where the time of a training step goes.")
+    flags.DEFINE_bool("profile", False, "Also say where the time goes.")
     flags.DEFINE_float("seconds", 4.0, "Of a round with --what=input.", 0.0)
     flags.DEFINE_bool("synthetic", False, "With --what=input: draw images like the data set's.")
     flags.DEFINE_bool("formats", False, "With --what=input: ways to store a 2048x1024 image.")

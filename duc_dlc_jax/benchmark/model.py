@@ -140,12 +140,16 @@ def train(
     trace: also where the time goes, by layer group, forward and backward, from a profile.
     """
     result = timed_step(work, step, steps, rounds, peer)
-    if trace:
-        times = profile.trace(step, 3)
-        names = profile.instructions(step.compiled.as_text())
-        result["profile"] = profile.by_group(times, names, work.variables["params"])
-        result["slowest"] = profile.slowest(times, names, 40)
-    return result
+    return result | (_profiled(step, step.compiled, work) if trace else {})
+
+
+def _profiled(call: Callable[[], Any], compiled: Any, work: Work) -> dict[str, Any]:
+    times = profile.trace(call, 3)
+    names = profile.instructions(compiled.as_text())
+    return {
+        "profile": profile.by_group(times, names, work.variables["params"]),
+        "slowest": profile.slowest(times, names, 40),
+    }
 
 
 def timed_step(
@@ -160,8 +164,13 @@ def timed_step(
     }
 
 
-def infer(work: Work, steps: int, rounds: int, peer: Peer | None = None) -> dict[str, Any]:
-    """One image to train ids on one device, as `predict` and `evaluate` do it, whole."""
+def infer(
+    work: Work, steps: int, rounds: int, peer: Peer | None = None, trace: bool = False
+) -> dict[str, Any]:
+    """One image to train ids on one device, as `predict` and `evaluate` do it, whole.
+
+    trace: also where the time goes, by layer group, and where the peer's does.
+    """
     mesh = sharding.make_mesh(devices=jax.local_devices()[:1])
     protocol = protocols.Protocol(grid=work.model.resize_grid, logit_stride=work.model.logit_stride)
     labeller = Labeller(work.model, protocol, mesh)
@@ -169,11 +178,17 @@ def infer(work: Work, steps: int, rounds: int, peer: Peer | None = None) -> dict
     images = np.random.default_rng(0).integers(0, 256, (1, *work.size, 3), np.uint8)
     labels = np.full((1, *work.size), IGNORE, np.uint8)
 
+    arguments = variables, images, labels, [work.size]
+
     def label() -> Any:
-        return labeller(variables, images, labels, [work.size])[1]
+        return labeller(*arguments)[1]
 
     seconds, theirs = _rounds(label, steps, rounds, peer, "infer")
-    return work.rates("infer", seconds) | theirs
+    result = work.rates("infer", seconds) | theirs
+    if trace:
+        result |= _profiled(label, labeller.compiled(*arguments), work)
+        result |= {"peer_groups": peer.groups(5)} if peer else {}
+    return result
 
 
 def _rounds(

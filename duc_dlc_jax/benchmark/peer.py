@@ -101,16 +101,22 @@ class Peer:
 
     def seconds(self, what: str, way: str, steps: int) -> float:
         """Of one call of `steps`; -1 where this way raised."""
-        assert self._process.stdin is not None
-        asked = {"what": what, "way": way, "steps": steps}
-        self._process.stdin.write(json.dumps(asked) + "\n")
-        self._process.stdin.flush()
-        answer = self._answer()
+        answer = self._ask({"what": what, "way": way, "steps": steps})
         if "error" in answer:
             self.failed[f"{what}, {way}"] = answer["error"]
             return -1.0
         self.peak_bytes = answer["peak_bytes"]
         return answer["seconds"]
+
+    def groups(self, steps: int) -> dict[str, float]:
+        """{layer group: seconds} of labelling one image in eager mode, the median of `steps`."""
+        return self._ask({"what": "groups", "steps": steps})["groups"]
+
+    def _ask(self, question: dict[str, Any]) -> dict[str, Any]:
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(question) + "\n")
+        self._process.stdin.flush()
+        return self._answer()
 
     def _answer(self) -> dict[str, Any]:
         assert self._process.stdout is not None
