@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import IO, Any
 
 import cv2
 import numpy as np
@@ -38,14 +38,14 @@ def write_triples(folder: epath.Path, examples: Sequence[dict[str, Any]], spec: 
         write_png(folder / f"{file_name(example['name'])}.png", triple(example, spec))
 
 
-def write_ids(path: str | os.PathLike, ids: np.ndarray, spec: LabelSpec) -> None:
+def write_ids(path: str | os.PathLike | IO[bytes], ids: np.ndarray, spec: LabelSpec) -> None:
     """Train ids uint8 [H, W] as a palette PNG: pixel values are the ids, viewers show colours.
 
     Ignored pixels are black.
     """
     image = Image.fromarray(ids)
     image.putpalette(spec.colourise(np.arange(256, dtype=np.uint8)[None]).tobytes())
-    image.save(path)
+    image.save(path, "PNG")
 
 
 def write_png(path: epath.Path, picture: np.ndarray) -> None:

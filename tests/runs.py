@@ -73,6 +73,20 @@ def command(data_dir, workdir, *extra: str, module="main", python=sys.executable
     ]
 
 
+def grid_file(path: Path, data_dir: Path, variants: str, **changes) -> Path:
+    """A configuration of `ablate`: tiny runs; variants: the source text of their list."""
+    changes = {name.replace("__", "."): value for name, value in changes.items()}
+    fields = TINY | {"data.dir": str(data_dir)} | changes
+    path.write_text(
+        "from duc_dlc_jax import config as base\n"
+        "from duc_dlc_jax.ablate.grid import Variant, parts\n\n\n"
+        "def get_config():\n    config = base.default()\n"
+        f"    config.update_from_flattened_dict({fields!r})\n    return config\n\n\n"
+        f"def get_variants():\n    return {variants}\n"
+    )
+    return path
+
+
 def run(arguments, *, devices=1, check=True, timeout=300, **env):
     """Runs a command with `devices` CPU devices; its output is in the error when it fails."""
     result = subprocess.run(

@@ -2,6 +2,7 @@
 
 grid      which variants a configuration file names, and the order of their runs
 runner    one run: training, evaluation, costs
+claims    which process works on which run, where several share a workdir
 results   a file per run, written when it ends; what is done and what is not
 report    tables, paired differences and plots from these files
 """

@@ -2,7 +2,7 @@
 
 Trains every variant that the configuration's `get_variants` names, each with its seeds, in order,
 and writes `DIR/runs/NAME-seedN.json` when one ends; the same command goes on where it stopped,
-within a run from its last checkpoint.
+within a run from its last checkpoint, and several at once share the runs among them.
 `--report` makes the tables and plots from these files.
 """
 
@@ -22,56 +22,77 @@ from duc_dlc_jax.progress import clock
 
 
 def listed(runs: list[grid.Run], results: Results) -> str:
-    """A line per run: its name, what it changes, and its score or that it is to do."""
+    """A line per run: its name, what it changes, and its score or how far it is."""
+    held = results.claims.holders()
     lines = []
     for run in runs:
         done, failure = results.done(run), results.failure(run)
-        state = f"mIoU {done['val']['mIoU']:.4f}" if done else f"failed, {failure}" * bool(failure)
-        state = state or ("begun" if results.begun(run) else "to do")
-        lines.append(f"{run.name:<28}{state:<14}{grid.said(run.variant.changes)}")
+        if done:
+            state = f"mIoU {done['val']['mIoU']:.4f}"
+        elif run.name in held:
+            state = f"running on {held[run.name]}"
+        elif failure:
+            state = f"failed, {failure}"
+        else:
+            state = "begun" if results.begun(run) else "to do"
+        lines.append(f"{run.name:<28}{state:<13} {grid.said(run.variant.changes)}")
     return "\n".join(lines)
 
 
 def train_all(config, runs: list[grid.Run], results: Results, limit: float, weights: bool) -> int:
     """Trains what is not done, as long as a run is likely to end within `limit` seconds.
 
-    Returns the number of runs that are left. A run that fails is noted, and the next one starts.
+    Returns the number of runs that are left. A run that fails is noted, and the next one starts;
+    so is the next one taken where another process works on a run.
     """
     from duc_dlc_jax.ablate import runner  # late: --list and --report need no accelerator
 
-    start, longest = time.monotonic(), {}
-    todo = [run for run in runs if results.done(run) is None]
+    start, longest, failed = time.monotonic(), {}, set()
     data: Any = None
     trainer: Any = None
     current = ""
-    for number, run in enumerate(todo):
-        name, spent = run.variant.name, time.monotonic() - start
-        expected = longest.get(name, max(longest.values(), default=0.0))
-        if spent + expected > limit:
-            print(f"stopping after {clock(spent)}: {run.name} would take {clock(expected)}")
-            return len(todo) - number
-        print(f"{run.name}: run {number + 1} of {len(todo)}", flush=True)
-        own, begin = run.variant.config(config, run.seed), time.monotonic()
-        try:
-            data = data or runner.Data(own.data)
-            if name != current:
-                trainer, current = None, ""  # frees the last one's memory
-                trainer, current = runner.Trainer(own, data), name
-            result = trainer.run(own, results.files(run, weights))
-        except (RuntimeError, FloatingPointError) as error:  # XLA's errors are RuntimeErrors
-            results.write_failure(run, error)
-            print(f"{run.name} failed: {results.failure(run)}", flush=True)
-            continue
-        result = {"variant": name, "note": run.variant.note, **result}
-        results.write(run, result | {"changes": dict(run.variant.changes)})
-        longest[name] = max(time.monotonic() - begin, result["seconds"]["total"])
-        val = result["val"]
-        print(
-            f"{run.name}: mIoU {val['mIoU']:.4f}  PA {val['PA']:.4f}  boundary IoU "
-            f"{val['boundary']['mean_iou']:.4f}  in {clock(longest[name])}",
-            flush=True,
-        )
-    return sum(results.done(run) is None for run in todo)
+    while True:
+        with results.claimed(runs, failed, current) as run:
+            left = len(results.left(runs))
+            if run is None:
+                return left
+            name, spent = run.variant.name, time.monotonic() - start
+            expected = longest.get(name, max(longest.values(), default=0.0))
+            if spent + expected > limit:
+                print(f"stopping after {clock(spent)}: {run.name} would take {clock(expected)}")
+                return left
+            print(f"{run.name} starts, {left} of {len(runs)} runs are left", flush=True)
+            own, begin = run.variant.config(config, run.seed), time.monotonic()
+            results.check(run, own)  # again: another process may have begun it
+            try:
+                data = data or runner.Data(own.data)
+                if name != current:
+                    trainer, current = None, ""  # frees the last one's memory
+                    trainer, current = runner.Trainer(own, data), name
+                result = trainer.run(own, results.files(run, weights))
+            except (RuntimeError, FloatingPointError) as error:  # XLA's errors are RuntimeErrors
+                results.write_failure(run, error)
+                failed.add(run.name)
+                print(f"{run.name} failed: {results.failure(run)}", flush=True)
+                continue
+            result = {"variant": name, "note": run.variant.note, **result}
+            results.write(run, result | {"changes": dict(run.variant.changes)})
+            longest[name] = max(time.monotonic() - begin, result["seconds"]["total"])
+            print(f"{ended(run, result)}  in {clock(longest[name])}", flush=True)
+
+
+def ended(run: grid.Run, result: dict[str, Any]) -> str:
+    val = result["val"]
+    boundary = val["boundary"]["mean_iou"]
+    return f"{run.name}: mIoU {val['mIoU']:.4f}  PA {val['PA']:.4f}  boundary IoU {boundary:.4f}"
+
+
+def summary(runs: list[grid.Run], results: Results) -> str:
+    held = results.claims.holders()
+    left = results.left(runs)
+    others = sum(run.name in held for run in left)
+    elsewhere = f", {others} running in other processes" if others else ""
+    return f"{len(runs) - len(left)} of {len(runs)} runs are done{elsewhere}"
 
 
 def write_report(results: Results, output: str, whole: grid.Grid | None) -> None:
@@ -109,8 +130,8 @@ def main(_) -> None:
     results.write_grid(whole)
     cli.use_compilation_cache(workdir)
     limit = args.stop_after_s or args.max_hours * 3600 or float("inf")
-    left = train_all(args.config, runs, results, limit, args.weights)
-    print(f"{len(runs) - left} of {len(runs)} runs are done; the same command goes on")
+    train_all(args.config, runs, results, limit, args.weights)
+    print(f"{summary(runs, results)}; the same command goes on")
 
 
 if __name__ == "__main__":

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import shutil
+import socket
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import ml_collections
 
 from duc_dlc_jax import config as config_lib
+from duc_dlc_jax.ablate import claims
 from duc_dlc_jax.ablate.grid import Grid, Run
 from duc_dlc_jax.config import ConfigError
 
@@ -37,11 +41,12 @@ class Results:
     """The files of a workdir.
 
     `runs/NAME.json` of ended runs, `runs/NAME.failed` of failed ones, `grid.json`: all variants;
-    and the folders of `Files`, `crops/label.png` beside their masks.
+    the folders of `Files`, `crops/label.png` beside their masks; and `claims/` of the runs in work.
     """
 
     def __init__(self, workdir: str | os.PathLike):
         self.folder = Path(workdir) / "runs"
+        self.claims = claims.Claims(Path(workdir) / "claims")
 
     def path(self, run: Run) -> Path:
         return self.folder / f"{run.name}.json"
@@ -61,6 +66,27 @@ class Results:
     def begun(self, run: Run) -> bool:
         """Whether it was cut off and goes on from a checkpoint."""
         return any((self._unfinished(run) / "checkpoints").glob("[0-9]*"))
+
+    def claimed(
+        self, runs: Sequence[Run], tried: Collection[str], current: str
+    ) -> contextlib.AbstractContextManager[Run | None]:
+        """The next run, claimed until the end of the block; None where there is none for now.
+
+        tried: names of those not to take. current: the variant whose programs the process has.
+        Runs that failed, before or in another process, come last.
+        """
+
+        def take(held: Collection[str]) -> Run | None:
+            # After `held` was read: a run that has ended since then is seen as held or as done.
+            left = [run for run in self.left(runs) if run.name not in tried]
+            fresh = [run for run in left if not self.failure(run)]
+            return claims.choose(fresh, held, current) or claims.choose(left, held, current)
+
+        return self.claims.claimed(take)
+
+    def left(self, runs: Sequence[Run]) -> list[Run]:
+        """Those that have not ended."""
+        return [run for run in runs if not self.path(run).exists()]
 
     def _unfinished(self, run: Run) -> Path:
         return self.folder.parent / "unfinished" / run.name
@@ -110,13 +136,13 @@ class Results:
 
         Rows of one table have one budget: seeds of two recipes do not mix.
         """
-        path = self.path(run)
+        path, old = self._unfinished(run), ""
+        if self.begun(run):
+            with contextlib.suppress(FileNotFoundError):  # another process has just ended it
+                old = (path / "config.json").read_text()
         if (ended := self.done(run)) is not None:
-            old = json.dumps(ended["config"])
-        elif self.begun(run):
-            path = self._unfinished(run)
-            old = (path / "config.json").read_text()
-        else:
+            path, old = self.path(run), json.dumps(ended["config"])
+        if not old:
             return
         then = dict(config_lib.fields(config_lib.from_json(old)))
         now = dict(config_lib.fields(config))
@@ -129,11 +155,23 @@ class Results:
             )
 
     def _put(self, path: Path, text: str) -> None:
-        """Renamed into place when complete: a reader, or a restart, sees all of it or nothing."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        with open(partial, "w", encoding="utf-8") as file:
-            file.write(text)
+        with written(path) as file:
+            file.write(text.encode())
+
+
+@contextlib.contextmanager
+def written(path: Path) -> Iterator[IO[bytes]]:
+    """A file that is renamed into place when complete: readers see all of it or nothing.
+
+    Its name until then is the process's own: several may write the same file.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.partial")
+    try:
+        with open(partial, "wb") as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)

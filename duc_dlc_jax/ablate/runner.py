@@ -25,7 +25,7 @@ from etils import epath
 from duc_dlc_jax import describe, evaluate, initial, pictures, protocols, sharding
 from duc_dlc_jax import optimizer as optimizers
 from duc_dlc_jax.ablate import crops
-from duc_dlc_jax.ablate.results import Files
+from duc_dlc_jax.ablate.results import Files, written
 from duc_dlc_jax.data import pipeline
 from duc_dlc_jax.data.records import open_records
 from duc_dlc_jax.models import segmenter
@@ -238,10 +238,10 @@ class Trainer:
 
     def _write_masks(self, path: Path, shown: dict[int, Any]) -> None:
         """The crops of the predictions, and of the labels beside them, as palette PNGs."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        for file, what in ((path, "prediction"), (path.with_name("label.png"), "label")):
+        for place, what in ((path, "prediction"), (path.with_name("label.png"), "label")):
             masks = [crop.of(shown[crop.record][what]) for crop in self._data.crops]
-            pictures.write_ids(file, crops.strip(masks), self._data.val.spec)
+            with written(place) as file:
+                pictures.write_ids(file, crops.strip(masks), self._data.val.spec)
 
     def _measure(self, state, batch, key) -> dict[str, float]:
         """Images/s of the step on a batch that stays where it is, and of labelling from the host.
@@ -287,9 +287,7 @@ def hardware() -> dict[str, Any]:
 
 def _save(path: Path, variables: Any) -> None:
     """params and batch_stats as an .npz, by names like params/dlc/reduce_conv/kernel."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     flat = flax.traverse_util.flatten_dict(jax.device_get(variables), sep="/")
-    partial = path.with_suffix(".partial.npz")
     named: Any = {name: np.asarray(value) for name, value in flat.items()}
-    np.savez(partial, **named)
-    partial.replace(path)
+    with written(path) as file:
+        np.savez(file, **named)
