@@ -19,14 +19,14 @@
 #           without; with train.deterministic and without. Needs camvid in DATA_DIR
 #   bundle  a network of `resume` exported, and timed beside PyTorch (after resume)
 #   camvid  the whole recipe, one seed. Needs camvid in DATA_DIR, and WEIGHTS (a ResNet-50)
-#   grid    the first variants of configs/ablation_camvid.py, STREAMS of them at once, beside camvid
+#   grid    the first variants of configs/ablation_camvid.py. Needs what camvid does
 #
 # PYTHON  interpreter (default: python3)
 # EPOCHS  of camvid (default: 200); SOURCE, STRIDE_ON: of WEIGHTS (default: torchvision, 3x3)
 # FIELDS  more --config.NAME=VALUE of resume, camvid and grid
 # RESUME  of resume, pairs of deterministic,cache (default: all four)
-# GRID_EPOCHS, GRID_SEEDS  of grid (default: 30, 0,1,2)
-# STREAMS patterns of variants that run at once (default: "fcn,bilinear,duc dlc,duc_dlc,deeplabv3")
+# GRID, GRID_EPOCHS, GRID_SEEDS  of grid: patterns of variants (default: the first six), 24, 0,1,2
+# PROCESSES, GRID_MEM_FRACTION  of grid: how many share it, and each one's part of a GPU (2, 0.4)
 set -euo pipefail
 
 usage() {
@@ -204,16 +204,19 @@ ablate() {
 }
 
 measure_camvid() {
-  ablate --workdir="$1/camvid" --only=duc_dlc --seeds=0 --weights --config.train.eval_every=918 \
-    --config.train.checkpoint_every=100000 --config.train.epochs="${EPOCHS:-200}"
+  ablate --workdir="$1/camvid" --only=duc_dlc --seeds=0 --weights --config.train.eval_every=0 \
+    --config.train.checkpoint_every=100000 --config.train.epochs="${EPOCHS:-200}" \
+    --config.data.workers=4 --config.data.threads=2
 }
 
+# Two at once fill a GPU that one, fed by threads, leaves half idle.
 measure_grid() {
-  local stream
-  for stream in ${STREAMS:-fcn,bilinear,duc dlc,duc_dlc,deeplabv3}; do
-    ablate --workdir="$1/grid-${stream//,/-}" --only="$stream" --seeds="${GRID_SEEDS:-0,1,2}" \
+  local i
+  for ((i = 0; i < ${PROCESSES:-2}; i++)); do
+    XLA_PYTHON_CLIENT_MEM_FRACTION="${GRID_MEM_FRACTION:-0.4}" ablate --workdir="$1/grid" \
+      --only="${GRID:-fcn,bilinear,duc,dlc,duc_dlc,deeplabv3}" --seeds="${GRID_SEEDS:-0,1,2}" \
       --config.train.eval_every=0 --config.train.checkpoint_every=100000 \
-      --config.train.epochs="${GRID_EPOCHS:-30}" >"$1/grid-${stream//,/-}.txt" 2>&1 &
+      --config.train.epochs="${GRID_EPOCHS:-24}" >"$1/grid-$i.txt" 2>&1 &
   done
   wait
   tail -n 12 "$1"/grid-*.txt

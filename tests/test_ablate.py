@@ -54,7 +54,7 @@ def test_the_reduced_protocol_is_the_first_five_of_the_full_one():
     assert [v.name for v in small.variants] == ["fcn", "bilinear", "duc", "dlc", "duc_dlc"]
     assert [v.changes for v in small.variants] == [v.changes for v in full.variants[:5]]
     assert [v.seeds for v in small.variants] == [3] * 5
-    assert small.comparisons == full.comparisons[:6]
+    assert small.comparisons == full.comparisons[:7]
     config = config_lib.load("configs/ablation_camvid_small.py")
     assert config.train.steps * config.train.batch_size == 2720
 
@@ -376,7 +376,7 @@ def test_questions_about_other_variants_are_refused(tmp_path):
     )
     with pytest.raises(ConfigError, match=r"get_comparisons\(\) names 'b'; there are a"):
         grid.load(str(path))
-    assert len(grid.load("configs/ablation_camvid.py").comparisons) == 7
+    assert len(grid.load("configs/ablation_camvid.py").comparisons) == 8
 
 
 def test_without_questions_every_variant_is_compared_with_the_first():
