@@ -8,6 +8,7 @@ step.
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import time
@@ -224,6 +225,9 @@ def device_batches(
     finally:
         if hasattr(iterator, "close"):
             iterator.close()
+        if config.data.workers:
+            del iterator
+            gc.collect()  # cycles of grain's hold shared memory, which would outlive the process
 
 
 def _with_names(batches, records, workdir: epath.Path, step: int):

@@ -104,7 +104,8 @@ def test_killed_demo_equals_the_uninterrupted_demo(scenes_dir, tmp_path):
     for saves in (1, 2):
         kill_after(arguments, killed, saves)
         wait_for(lambda: not processes_of(killed), seconds=30)  # no worker outlives its trainer
-    run(arguments)
+    ended = run(arguments)
+    assert "leaked shared_memory" not in ended.stderr  # nor does a batch
     assert_same_state(straight, killed, 40)
     assert evaluations(straight)[40] == evaluations(killed)[40]
 
