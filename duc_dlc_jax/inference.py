@@ -20,6 +20,7 @@ from duc_dlc_jax.models.segmenter import Segmenter
 from duc_dlc_jax.protocols import Axis, Protocol, Size
 
 TILE = (128, 512)  # pixels of the label that are averaged at once, at most
+Reads = tuple[jax.Array, jax.Array]
 LARGEST_EXPONENT = 80.0  # exp() of more leaves float32
 
 
@@ -47,11 +48,13 @@ class Labeller:
             return counted(best(groups, labels), labels)
 
         def direct(variables, images, valid, reads, labels):
-            logits: Any = network(variables, images, valid)
+            logits, padded = network(variables, images, valid), labels.shape[1:]
             ids = jax.lax.platform_dependent(
                 logits,
                 reads,
-                cpu=lambda logits, reads: class_by_class(logits, reads, labels.shape),
+                cpu=lambda logits, reads: class_by_class(
+                    logits, *(_one_view(x, n) for x, n in zip(reads, padded, strict=True))
+                ),
                 default=lambda logits, reads: best([(logits[:, None, None], *reads)], labels),
             )
             return counted(ids, labels)
@@ -194,30 +197,35 @@ def over_tiles(groups, shape, protocol: Protocol, finish: Callable) -> jax.Array
     return done[:, :height, :width]
 
 
-def class_by_class(logits: jax.Array, reads, shape: Sequence[int]) -> jax.Array:
-    """The class of the largest logit at every label pixel, of one view: uint8 [B, H, W].
+def class_by_class(logits: jax.Array, rows: Reads, columns: Reads) -> jax.Array:
+    """The class of the largest logit at every pixel, uint8 [B, H, W].
 
     For CPUs, whose vectors then run along the pixels: an arg-max over a pixel's classes takes them
-    four times as long. logits: [B, h, w, K]; reads: of `Labeller._reads`; shape: (B, H, W).
+    four times as long. logits: [B, h, w, K]; rows, columns: for each pixel the cell before it, int
+    [B, H] and [B, W], and the share of the next one, float.
     """
-    (rows, row_part), (columns, column_part) = (
-        [table.reshape(len(table), -1)[:, :length] for table in tables[:2]]
-        for tables, length in zip(reads, shape[1:], strict=True)
-    )
+    (above, share_below), (left, share_right) = rows, columns
     cells = jnp.arange(logits.shape[2])[None, :, None]
-    below = jnp.where(cells == columns[:, None], 1 - column_part[:, None], 0)
-    above = jnp.where(cells == columns[:, None] + 1, column_part[:, None], 0)
-    across = (below + above).astype(logits.dtype)  # [B, w, W]
+    across = jnp.where(cells == left[:, None], 1 - share_right[:, None], 0)
+    across += jnp.where(cells == left[:, None] + 1, share_right[:, None], 0)
+    across = across.astype(logits.dtype)  # [B, w, W]
 
     def more(k, found):
         largest, ids = found
         x = jax.lax.dynamic_index_in_dim(logits, k, 3, keepdims=False)
         x = jnp.matmul(x, across, precision=jax.lax.Precision.HIGHEST)
-        x = resizing.interpolate(x[..., None], rows, row_part, 1)[..., 0]
+        x = resizing.interpolate(x[..., None], above, share_below, 1)[..., 0]
         return jnp.maximum(x, largest), jnp.where(x > largest, k.astype(jnp.uint8), ids)
 
+    shape = logits.shape[0], above.shape[1], left.shape[1]
     nothing = jnp.full(shape, -jnp.inf, logits.dtype), jnp.zeros(shape, jnp.uint8)
     return jax.lax.fori_loop(0, logits.shape[3], more, nothing)[1]
+
+
+def _one_view(reads, length: int) -> Reads:
+    """Of `Labeller._reads` the first view's positions, of `length` pixels."""
+    low, part = (table.reshape(len(table), -1)[:, :length] for table in reads[:2])
+    return low, part
 
 
 def _add_views(total, logits, reads, score):

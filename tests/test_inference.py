@@ -122,7 +122,8 @@ def test_classes_one_by_one_give_the_largest_of_all(grid):
     logits = np.random.default_rng(0).normal(size=(3, 12, 12, 7)).astype(np.float32)
     logits[:, :3, :3] = 1.0
     reads = labeller._reads(sizes, 1.0, shape[1:])
-    ours = inference.class_by_class(jnp.asarray(logits), reads, shape)
+    rows, columns = map(inference._one_view, reads, shape[1:])
+    ours = inference.class_by_class(jnp.asarray(logits), rows, columns)
     views = [(jnp.asarray(logits)[:, None, None], *reads)]
     expected = inference.over_tiles(views, shape, protocol, lambda x: x.argmax(-1))
     assert ours.dtype == jnp.uint8

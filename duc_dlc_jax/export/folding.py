@@ -8,6 +8,7 @@ traced network, which is how `onnx_graph` recognises it.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -133,13 +134,16 @@ class FoldedNetwork:
         self.convolutions, self._included = fold(self.model, variables)
         self._variables = variables
 
-    def logits(self, images: jax.Array) -> jax.Array:
+    def logits(self, images: jax.Array, coarse: bool = False) -> jax.Array:
         """uint8 RGB or normalised floats [B, H, W, 3] -> logits [B, H, W, classes].
 
         Products in full precision: what leaves as float32 is float32 on every accelerator.
+        coarse: on their own grid, and g(I) as `DUC` computes it, at the pixels that are read: no
+        longer convolutions alone.
         """
-        with nn.intercept_methods(self._replace), jax.default_matmul_precision("highest"):
-            return self.model.apply(self._variables, images)  # type: ignore[return-value]
+        replace = functools.partial(self._replace, coarse)
+        with nn.intercept_methods(replace), jax.default_matmul_precision("highest"):
+            return self.model.apply(self._variables, images, coarse=coarse)  # type: ignore[return-value]
 
     def ids(self, images: jax.Array) -> jax.Array:
         """As `logits` -> train ids uint8 [B, H, W]."""
@@ -148,14 +152,16 @@ class FoldedNetwork:
     def output(self, kind: str) -> Callable[[jax.Array], jax.Array]:
         return {"ids": self.ids, "logits": self.logits}[kind]
 
-    def _replace(self, call, args, kwargs, context):
+    def _replace(self, own_guidance, call, args, kwargs, context):
         module, method = context.module, context.method_name
         path = "/".join(module.path)
+        if own_guidance and path.endswith("guidance_bn") and method == "__call__":
+            return self._normalise(module, path, args[0])
         if isinstance(module, layers.Conv) and method == "__call__":
             return self._convolve(path, args[0])
         if isinstance(module, layers.BatchNorm) and method == "__call__":
             return args[0] if path in self._included else self._normalise(module, path, args[0])
-        if isinstance(module, DUC) and method == "_guidance":
+        if isinstance(module, DUC) and method == "_guidance" and not own_guidance:
             return self._guidance(module, *args)
         return call(*args, **kwargs)
 

@@ -85,10 +85,11 @@ class DUC(nn.Module):
             half = tuple(-(-n // self.guidance_stride) for n in image.shape[1:3])
             image = self._resize(image, half, self.guidance_stride)
         step = 8 / (4 * self.guidance_stride)
-        batch, (rows, columns) = len(image), (-(-n // 4) for n in image.shape[1:3])
+        batch, (rows, columns) = image.shape[0], (-(-n // 4) for n in image.shape[1:3])
         norm = self.norm(name="guidance_bn")
         row_bytes = 4 * batch * columns * self.guidance_kernel**2 * self.guidance_width
-        count = min(-(-rows * row_bytes // SLAB_BYTES), rows) if self.slabs else 1
+        known = not any(map(jax.export.is_symbolic_dim, (batch, rows, columns)))
+        count = min(-(-rows * row_bytes // SLAB_BYTES), rows) if self.slabs and known else 1
         slab = -(-rows // count)
         strided = self._strided(image, slab * count)
         if count == 1:

@@ -150,7 +150,7 @@ def interpolate(x: jax.Array, low: jax.Array, fraction: jax.Array, axis: int) ->
     low: int [B, n]; fraction: float [B, n], 0 where low is the last cell. As in `resize_bilinear`'s
     matrices the weights are rounded to x's dtype, and their products summed in float32 or wider.
     """
-    shape = (len(x), -1, 1, 1) if axis == 1 else (len(x), 1, -1, 1)
+    shape = (x.shape[0], -1, 1, 1) if axis == 1 else (x.shape[0], 1, -1, 1)
     low, fraction, wide = low.reshape(shape), fraction.reshape(shape), parameter_dtype(x.dtype)
     first, second = (
         jnp.take_along_axis(x, cells, axis, mode="clip").astype(wide) for cells in (low, low + 1)
