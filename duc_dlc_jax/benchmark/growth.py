@@ -36,8 +36,6 @@ AXES: dict[str, tuple[str, Callable[[int], int]]] = {
     "classes": ("", lambda classes: classes),
     "blocks": ("model.depth", lambda depth: sum(BLOCKS[depth])),
 }
-# Programs that are looked at and not run need no good machine code.
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 def measure(
@@ -52,7 +50,8 @@ def measure(
         compiled = step.compiled
     else:
         lowered = forecast.lowered_step(config, classes, mesh)
-        compiled = lowered.compile(QUICK if jax.default_backend() == "cpu" else None)
+        on_cpu = jax.default_backend() == "cpu"
+        compiled = lowered.compile(programs.QUICK_CPU if on_cpu else None)
     flops, moved = programs.cost(compiled)
     memory = compiled.memory_analysis()
     found = {"flops": flops, "bytes": moved, "temporaries": memory.temp_size_in_bytes}
