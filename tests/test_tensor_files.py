@@ -68,6 +68,16 @@ def test_tensors_before_the_zip_format(tmp_path, count, offset, size, stride, gi
             np.testing.assert_array_equal(tensor_files.read_tensors(path)["a"], [[1, 2], [4, 5]])
 
 
+@pytest.mark.parametrize("before", [(), (tensor_files.MAGIC,), (tensor_files.MAGIC, 1001)])
+def test_a_tensor_outside_the_state_dict_is_refused(tmp_path, before):
+    """As the first pickle of the file, or in place of its version or of the system it is from."""
+    tensor = _pickled_tensor("FloatStorage", "0", 1, 0, (1,), (1,))
+    path = tmp_path / "w.pth"
+    path.write_bytes(b"".join(pickle.dumps(part, 2) for part in before) + tensor)
+    with pytest.raises(ValueError, match="tensors: storage 0 is outside the state dict"):
+        tensor_files.read_tensors(path)
+
+
 def test_a_truncated_pth_is_refused(tmp_path):
     for name in ("w.pth", "old.pth"):
         path = write(tmp_path / name, file_tensors())
