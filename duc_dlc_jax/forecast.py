@@ -33,9 +33,6 @@ from duc_dlc_jax.data.records import find_spec
 from duc_dlc_jax.models import segmenter
 from duc_dlc_jax.train_step import create_state, make_train_step
 
-# Compile faster; the programs are looked at and not run.
-QUICK = {"exec_time_optimization_effort": -1.0}
-
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
@@ -87,7 +84,7 @@ def on_topology(config: ml_collections.ConfigDict, name: str, effort: bool) -> d
             f"--topology={name}: no compiler for it ({error}). It comes with the extra tpu: "
             "pip install -c constraints.txt '.[tpu]'"
         ) from error
-    found = _compiled(config, devices, None if effort else QUICK)
+    found = _compiled(config, devices, None if effort else programs.QUICK_TPU)
     parts = config.train.accumulate
     return found | predicted(found, config.train.batch_size, CHIPS[kind], parts)
 

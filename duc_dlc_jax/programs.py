@@ -13,6 +13,10 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+# Compiler options for programs that are looked at and not run, which need no good machine code.
+QUICK_CPU = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+QUICK_TPU = {"exec_time_optimization_effort": -1.0}
+
 Computations = dict[str, dict[str, "Instruction"]]
 
 _HEAD = re.compile(r"^(?:ENTRY )?%?(?P<name>[\w.-]+) \(.*\{$")

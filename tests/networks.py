@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from duc_dlc_jax import config as config_lib
+from duc_dlc_jax import programs
 from duc_dlc_jax.models import segmenter
 
 NARROW = {  # fields of config.model: the 14-layer network at a quarter of its width
@@ -23,10 +24,7 @@ NARROW = {  # fields of config.model: the 14-layer network at a quarter of its w
 }
 
 # Compiling dominates these tests: the programs run once on tiny arrays.
-QUICK = {
-    "xla_backend_optimization_level": 0,
-    "xla_llvm_disable_expensive_passes": True,
-}
+QUICK = dict(programs.QUICK_CPU)
 if jax.__version_info__ < (0, 12):  # the option is gone since
     QUICK["xla_cpu_use_fusion_emitters"] = False
 jit = functools.partial(jax.jit, compiler_options=QUICK)

@@ -1,31 +1,22 @@
-"""Grids of variants: their order, what is done, and that a run is a training run."""
+"""Grids of variants: their order, their questions, and what is done."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import subprocess
 import sys
-import time
 from types import SimpleNamespace
 from typing import ClassVar
 
-import jax
-import numpy as np
 import pytest
-from PIL import Image
 
-from duc_dlc_jax import boundaries, sharding, workdirs
 from duc_dlc_jax import config as config_lib
-from duc_dlc_jax.ablate import crops, grid, runner
+from duc_dlc_jax import workdirs
+from duc_dlc_jax.ablate import grid, runner
 from duc_dlc_jax.ablate.__main__ import listed, train_all
 from duc_dlc_jax.ablate.grid import Run, Variant, parts
-from duc_dlc_jax.ablate.results import Files, Results
+from duc_dlc_jax.ablate.results import Results
 from duc_dlc_jax.config import ConfigError
-from duc_dlc_jax.data.labels import IGNORE, label_spec
-from duc_dlc_jax.train import train
-from networks import NARROW, jit
-from runs import TINY, environment, run, tiny_config
+from duc_dlc_jax.data.labels import label_spec
 
 pytestmark = pytest.mark.commands
 
@@ -92,6 +83,24 @@ def test_a_file_without_variants_or_with_two_of_a_name_is_refused(tmp_path):
 def test_a_variant_that_cannot_run_is_refused(changes, message):
     with pytest.raises(ConfigError, match=message):
         Variant("a", changes).config(config_lib.default(), 0)
+
+
+def test_questions_about_other_variants_are_refused(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "from duc_dlc_jax.ablate.grid import Variant\n\n\n"
+        "def get_variants():\n    return [Variant('a', {})]\n\n\n"
+        "def get_comparisons():\n    return [('a', 'b', 'why')]\n"
+    )
+    with pytest.raises(ConfigError, match=r"get_comparisons\(\) names 'b'; there are a"):
+        grid.load(str(path))
+    assert len(grid.load("configs/ablation_camvid.py").comparisons) == 8
+
+
+def test_without_questions_every_variant_is_compared_with_the_first():
+    found = grid.load("configs/ablation_grids.py").comparisons
+    assert found[0] == ("corners", "stride", "model.resize_grid=stride")
+    assert [(a, b) for a, b, _ in found[1:]] == [("corners", "no_antialias")]
 
 
 # What is done
@@ -197,240 +206,9 @@ def test_a_file_is_whole_or_absent(tmp_path, monkeypatch):
     assert results.all() == []
 
 
-# A run
-
-
-def with_the_key_as_data(seed):
-    """For `train`: the program that has the seed as a constant rounds differently."""
-
-    def jit_train_step(step, mesh):
-        everywhere = sharding.replicated(mesh)
-        compiled = jax.jit(step, in_shardings=(everywhere, None, everywhere), donate_argnums=0)
-        return lambda state, batch: compiled(state, batch, jax.random.key(seed))
-
-    return jit_train_step
-
-
-@pytest.fixture(scope="module")
-def trained(scenes_dir, tmp_path_factory):
-    """Seeds 0, 1 and 0 again of one variant, by one trainer, and the variant's configuration."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, "jit", jit)
-        changes = {f"model__{name}": value for name, value in NARROW.items()}
-        base = tiny_config(scenes_dir, **changes, train__steps=4, train__eval_every=2)
-        variant = Variant("bilinear", parts("bilinear", "none"))
-        configs = [variant.config(base, seed) for seed in (0, 1)]
-        trainer = runner.Trainer(configs[0], runner.Data(base.data))
-        folder = tmp_path_factory.mktemp("files")
-        files = Files(masks=folder / "crops" / "a.png", weights=folder / "bilinear.npz")
-        results = [
-            trainer.run(configs[0], files),
-            trainer.run(configs[1]),
-            trainer.run(configs[0]),
-        ]
-        patch.setattr(sharding, "jit_train_step", with_the_key_as_data(seed=1))
-        workdir = tmp_path_factory.mktemp("run")
-        scores = train(configs[1], workdir)
-        yield SimpleNamespace(
-            results=results, config=configs[1], files=files, scores=scores, trainer=trainer
-        )
-
-
-def test_a_run_is_the_training_run_of_its_configuration(trained):
-    """The same seed by `train`: the same confusion matrix; other seeds differ."""
-    matrices = [np.array(result["val"]["confusion_matrix"]) for result in trained.results]
-    np.testing.assert_array_equal(matrices[1], trained.scores["matrix"])
-    np.testing.assert_array_equal(matrices[0], matrices[2])
-    assert np.any(matrices[0] != matrices[1])
-
-
-def test_seeds_share_the_compiled_program(trained):
-    assert trained.results[0]["seconds"]["compile"] > 0
-    assert [result["seconds"]["compile"] for result in trained.results[1:]] == [0, 0]
-
-
-def test_a_result_holds_what_the_tables_need(trained):
-    result = json.loads(json.dumps(trained.results[1]))
-    assert config_lib.from_json(json.dumps(result["config"])).to_dict() == trained.config.to_dict()
-    assert [point["step"] for point in result["curve"]] == [2, 4]
-    assert result["curve"][-1]["mIoU"] == pytest.approx(result["val"]["mIoU"], abs=1e-6)
-    assert all(np.isfinite(point["loss"]) and point["loss"] > 0 for point in result["curve"])
-    assert set(result["parameters"]) == {"backbone", "bilinear", "classifier"}
-    assert set(result["macs"]) == {"backbone", "bilinear", "classifier"}
-    assert min(result["images_per_second"].values()) > 0
-    assert result["step_bytes_per_device"] > 0
-    assert result["val"]["boundary"]["f"].keys() == result["val"]["iou"].keys()
-    assert result["hardware"]["device"] == "cpu"
-    assert sum(v for k, v in result["seconds"].items() if k != "total") == pytest.approx(
-        result["seconds"]["total"]
-    )
-
-
-def test_the_weights_are_the_final_network(trained):
-    with np.load(trained.files.weights) as saved:
-        names = set(saved.files)
-        assert all(np.isfinite(saved[name]).all() for name in names)
-    assert "params/bilinear/low_conv/kernel" in names
-    assert "batch_stats/bilinear/low_bn/mean" in names
-
-
-def test_a_run_that_was_cut_off_goes_on_with_the_same_bits(trained, tmp_path, monkeypatch):
-    """Saved after 3 of 4 steps, between two points of the curve."""
-    config = trained.config.copy_and_resolve_references()
-    config.train.checkpoint_every = 1
-    trainer, files, steps = trained.trainer, Files(unfinished=tmp_path), []
-    step = trainer._step
-
-    def stopping(*arguments):
-        steps.append(1)
-        if len(steps) == 4:
-            raise KeyboardInterrupt
-        return step(*arguments)
-
-    monkeypatch.setattr(trainer, "_step", stopping)
-    with pytest.raises(KeyboardInterrupt):
-        trainer.run(config, files)
-    result = trainer.run(config, files)
-    assert len(steps) == 4 + 1
-    for name in ("curve", "val", "crops"):
-        assert result[name] == trained.results[1][name]
-    assert result["seconds"]["save"] > 0
-    assert workdirs.load(tmp_path).step == 3
-
-
-def test_a_killed_grid_goes_on_with_the_same_bits(scenes_dir, tmp_path):
-    """SIGKILL as soon as a new checkpoint is there, twice, against a grid that is left alone."""
-    path = tmp_path / "mine.py"
-    fields = TINY | {"data.dir": str(scenes_dir), "train.steps": 40, "train.eval_every": 20}
-    path.write_text(
-        "from duc_dlc_jax import config as base\n"
-        "from duc_dlc_jax.ablate.grid import Variant\n\n\n"
-        "def get_config():\n    config = base.default()\n"
-        f"    config.update_from_flattened_dict({fields!r})\n    return config\n\n\n"
-        "def get_variants():\n    return [Variant('a', {}, 1)]\n"
-    )
-
-    def command(workdir):
-        words = [sys.executable, "-m", "duc_dlc_jax.ablate", f"--config={path}"]
-        return [*words, f"--workdir={workdir}"]
-
-    killed, alone = tmp_path / "killed", tmp_path / "alone"
-    for _ in range(2):
-        seen = set((killed / "unfinished" / "a-seed0" / "checkpoints").glob("[0-9]*"))
-        process = subprocess.Popen(command(killed), env=environment())
-        while set((killed / "unfinished" / "a-seed0" / "checkpoints").glob("[0-9]*")) <= seen:
-            assert process.poll() is None, "it ended before it was killed"
-            time.sleep(0.02)
-        process.kill()
-        process.wait()
-    for workdir in (killed, alone):
-        result = run(command(workdir))
-        assert ("going on from step" in result.stderr) == (workdir == killed)
-    first, second = (Results(workdir).all()[0] for workdir in (killed, alone))
-    for name in ("curve", "val", "crops"):
-        assert first[name] == second[name]
-    masks = [Results(workdir).masks("a-seed0").read_bytes() for workdir in (killed, alone)]
-    assert masks[0] == masks[1]
-    assert not (killed / "unfinished" / "a-seed0").exists()
-
-
-def test_the_masks_are_the_crops_of_the_labels_and_predictions(trained, scenes_dir):
-    val = runner.Data(tiny_config(scenes_dir).data).val
-    rows = trained.results[0]["crops"]
-    chosen = crops.choose(val)
-    masks = []
-    for path in (trained.files.masks.with_name("label.png"), trained.files.masks):
-        with Image.open(path) as image:
-            assert image.mode == "P"
-            masks.append(crops.split(np.asarray(image)))
-    for row, crop, label, prediction in zip(rows, chosen, *masks, strict=True):
-        assert row == {**dataclasses.asdict(crop), "boundary_iou": row["boundary_iou"]}
-        np.testing.assert_array_equal(label, crop.of(val[crop.record]["label"]))
-        found = boundaries.scores(boundaries.counts(label, prediction, val.spec.num_classes))
-        assert row["boundary_iou"] == pytest.approx(found["mean_iou"], abs=1e-6)
-
-
-def test_a_loss_that_is_not_finite_ends_the_run(trained, scenes_dir, monkeypatch):
-    monkeypatch.setattr(jax, "jit", jit)
-    config = trained.config.copy_and_resolve_references()
-    trainer = runner.Trainer(config, SimpleNamespace(**vars(runner.Data(config.data))))
-    trainer._compiled = lambda state, batch, key: (state, {"loss": jax.numpy.float32(np.nan)})
-    with pytest.raises(FloatingPointError, match="the loss is nan at step 2"):
-        trainer.run(config)
-
-
 def test_the_command_lists_its_runs(tmp_path):
     command = [sys.executable, "-m", "duc_dlc_jax.ablate", f"--workdir={tmp_path}", "--list"]
     command += ["--config=configs/ablation_camvid.py", "--only=duc", "--seeds=0,4"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
     assert [line.split()[0] for line in result.stdout.splitlines()] == ["duc-seed0", "duc-seed4"]
-
-
-def test_questions_about_other_variants_are_refused(tmp_path):
-    path = tmp_path / "mine.py"
-    path.write_text(
-        "from duc_dlc_jax.ablate.grid import Variant\n\n\n"
-        "def get_variants():\n    return [Variant('a', {})]\n\n\n"
-        "def get_comparisons():\n    return [('a', 'b', 'why')]\n"
-    )
-    with pytest.raises(ConfigError, match=r"get_comparisons\(\) names 'b'; there are a"):
-        grid.load(str(path))
-    assert len(grid.load("configs/ablation_camvid.py").comparisons) == 8
-
-
-def test_without_questions_every_variant_is_compared_with_the_first():
-    found = grid.load("configs/ablation_grids.py").comparisons
-    assert found[0] == ("corners", "stride", "model.resize_grid=stride")
-    assert [(a, b) for a, b, _ in found[1:]] == [("corners", "no_antialias")]
-
-
-# The crops
-
-
-class Labels:
-    """A split of labels alone, uint8 [H, W] each."""
-
-    def __init__(self, labels):
-        self._labels = labels
-
-    def __len__(self):
-        return len(self._labels)
-
-    def size(self, index):
-        return self._labels[index].shape
-
-    def __getitem__(self, index):
-        return {"label": self._labels[index], "name": str(index)}
-
-
-def test_the_crops_follow_from_order_and_labels_alone():
-    """Images 1, 4, 7, 10, 13, 16 of 18; the squares around a small object, by plain loops."""
-    rng = np.random.default_rng(0)
-    labels = [np.zeros((30, 48), np.uint8) for _ in range(18)]
-    for label in labels:
-        y, x = rng.integers(0, 24), rng.integers(0, 42)
-        label[y : y + 4, x : x + 4] = rng.integers(1, 4, (4, 4))
-        label[:, 20] = IGNORE
-    chosen = crops.choose(Labels(labels))
-    assert [crop.record for crop in chosen] == [1, 4, 7, 10, 13, 16]
-    for crop in chosen:
-        assert crop.side == 10
-        label = labels[crop.record]
-        counts = {}
-        for top in range(30 - 10 + 1):
-            for left in range(48 - 10 + 1):
-                inside = np.s_[top : top + 10, left : left + 10]
-                counts[top, left] = crops.outline(label)[inside].sum()
-        assert (crop.top, crop.left) == max(counts, key=lambda k: (counts[k], -k[0], -k[1]))
-        assert crop.of(label).shape == (10, 10)
-
-
-def test_an_outline_pixel_has_another_class_beside_it():
-    label = np.array([[0, 0, 1], [0, IGNORE, 1], [2, 2, 1]], np.uint8)
-    expected = np.array([[0, 1, 0], [1, 0, 0], [0, 1, 0]], bool)
-    np.testing.assert_array_equal(crops.outline(label), expected)
-
-
-def test_a_split_of_few_images_has_a_crop_of_each():
-    assert [c.record for c in crops.choose(Labels([np.eye(9, dtype=np.uint8)] * 2))] == [0, 1]

@@ -26,6 +26,7 @@ torch = pytest.importorskip("torch", reason="the reference networks need torch")
 import file_server  # noqa: E402
 import references  # noqa: E402
 import torch_twin as twins  # noqa: E402
+from weight_files import Call, load, model_config, stream  # noqa: E402
 
 PARAMETERS = {50: 42_004_074, 101: 60_996_202}
 
@@ -184,9 +185,7 @@ def test_files_that_are_no_deeplab(small, tmp_path):
 @pytest.mark.parametrize("way", ["file", "name", "backbone"])
 def test_a_hostile_file_runs_nothing(tmp_path, monkeypatch, capfd, way):
     """Given as a file, or by name with the right hash, to `import_model` or as a backbone."""
-    from test_pretrained import _Call, load, model_config, stream
-
-    content = stream(content=pickle.dumps({"a": _Call(os.system, "echo run")}, 2))
+    content = stream(content=pickle.dumps({"a": Call(os.system, "echo run")}, 2))
     path = tmp_path / "hostile-x.pth"
     path.write_bytes(content)
     name = str(path)

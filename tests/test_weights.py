@@ -17,6 +17,7 @@ from duc_dlc_jax import config as config_lib
 from duc_dlc_jax import plans
 from duc_dlc_jax.config import ConfigError
 from duc_dlc_jax.models import pretrained, weights
+from weight_files import check, file_tensors, model_config, shapes
 
 CONTENT = np.random.default_rng(0).bytes(3 * 2**20 + 5)
 DIGEST = hashlib.sha256(CONTENT).hexdigest()
@@ -171,8 +172,6 @@ def test_the_document_lists_the_table():
 
 def test_training_takes_a_name(offer, cache, tmp_path):
     """config.init.weights=tiny gives the backbone, and fit plans with it."""
-    from test_pretrained import check, file_tensors, model_config, shapes
-
     tensors = file_tensors()
     np.savez(tmp_path / "tiny.npz", **tensors)
     content = (tmp_path / "tiny.npz").read_bytes()

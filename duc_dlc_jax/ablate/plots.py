@@ -5,12 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import matplotlib
-
-matplotlib.use("Agg")  # files only
-
-import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.figure import Figure
 from PIL import Image
 
 from duc_dlc_jax.ablate import crops
@@ -54,11 +50,10 @@ def write(table: Table, folder: Path, results: Results) -> list[tuple[str, str]]
         titles = {"label": "label"} | shown
         made.append(("crops.png", text, lambda f: _crops(f, masks, titles)))
     for name, _, draw in made:
-        figure, axes = plt.subplots(figsize=SIZE)
-        draw(axes)
+        figure = Figure(figsize=SIZE)
+        draw(figure.subplots())
         figure.tight_layout()
         figure.savefig(folder / name, dpi=DPI, metadata={"Software": None})
-        plt.close(figure)
     return [(name, text) for name, text, _ in made]
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from duc_dlc_jax import cli
+from duc_dlc_jax import cli, markdown
 from duc_dlc_jax.config import ConfigError
 from duc_dlc_jax.export import bundle as bundles
 from duc_dlc_jax.export import runtimes
@@ -99,11 +99,11 @@ def main(_) -> None:
     forms += ["torch"] if args.workdir else []
     columns = {size: measure(args, size, forms) for size in sizes}
     heads = [f"{height}x{width}" for height, width in sizes]
-    print(f"\n| {bundle.manifest['dtype']} | " + " | ".join(heads) + " |")
-    print("|---" * (len(heads) + 1) + "|")
-    for form in forms:
-        medians = [f"{np.median(columns[size][form]):.3f} s" for size in sizes]
-        print(f"| {NAMES[form]} | " + " | ".join(medians) + " |")
+    rows = [
+        [NAMES[form], *(f"{np.median(columns[size][form]):.3f} s" for size in sizes)]
+        for form in forms
+    ]
+    print("\n" + markdown.table([bundle.manifest["dtype"], *heads], rows))
 
 
 if __name__ == "__main__":

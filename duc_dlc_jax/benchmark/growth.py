@@ -16,7 +16,7 @@ import ml_collections
 import numpy as np
 
 from duc_dlc_jax import config as config_lib
-from duc_dlc_jax import forecast, programs, sharding
+from duc_dlc_jax import forecast, markdown, programs, sharding
 from duc_dlc_jax.benchmark import model
 from duc_dlc_jax.data.records import find_spec
 from duc_dlc_jax.models import segmenter
@@ -36,8 +36,6 @@ AXES: dict[str, tuple[str, Callable[[int], int]]] = {
     "classes": ("", lambda classes: classes),
     "blocks": ("model.depth", lambda depth: sum(BLOCKS[depth])),
 }
-# Programs that are looked at and not run need no good machine code.
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 def measure(
@@ -52,7 +50,8 @@ def measure(
         compiled = step.compiled
     else:
         lowered = forecast.lowered_step(config, classes, mesh)
-        compiled = lowered.compile(QUICK if jax.default_backend() == "cpu" else None)
+        on_cpu = jax.default_backend() == "cpu"
+        compiled = lowered.compile(programs.QUICK_CPU if on_cpu else None)
     flops, moved = programs.cost(compiled)
     memory = compiled.memory_analysis()
     found = {"flops": flops, "bytes": moved, "temporaries": memory.temp_size_in_bytes}
@@ -109,14 +108,11 @@ def exponents(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
 def table(found: dict[str, list[dict[str, Any]]]) -> str:
     """Exponents of each axis and cost as Markdown: over all values, and between the last two."""
     shown = [c for c in COSTS if any(c in rows[0] for rows in found.values())]
-    lines = ["| grows | from, to | " + " | ".join(COSTS[c][0] for c in shown) + " |"]
-    lines.append("|---" * (2 + len(shown)) + "|")
+    lines = []
     for axis, rows in found.items():
         slopes = exponents(rows)
         cells = (
             f"{slopes[c]['all']:.2f}, {slopes[c]['last']:.2f}" if c in slopes else "" for c in shown
         )
-        lines.append(
-            f"| {axis} | {rows[0]['size']:,}, {rows[-1]['size']:,} | " + " | ".join(cells) + " |"
-        )
-    return "\n".join(lines)
+        lines.append([axis, f"{rows[0]['size']:,}, {rows[-1]['size']:,}", *cells])
+    return markdown.table(["grows", "from, to", *(COSTS[c][0] for c in shown)], lines)

@@ -6,12 +6,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")  # files only
-
-import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.figure import Figure
 
 from duc_dlc_jax.benchmark.growth import COSTS
 
@@ -19,7 +15,8 @@ from duc_dlc_jax.benchmark.growth import COSTS
 def growth(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
     """Costs over each axis, both relative to their first value; found: of `growth.sweep`."""
     columns = math.ceil(len(found) / 2)
-    figure, grid = plt.subplots(2, columns, figsize=(4 * columns, 6.5), squeeze=False)
+    figure = Figure(figsize=(4 * columns, 6.5))
+    grid = figure.subplots(2, columns, squeeze=False)
     for axes, (axis, rows) in zip(grid.flat, found.items(), strict=False):
         x = np.array([row["size"] for row in rows])
         for cost in (c for c in COSTS if c in rows[0]):
@@ -32,4 +29,3 @@ def growth(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
     grid.flat[0].legend()
     figure.tight_layout()
     figure.savefig(path, dpi=100, metadata={"Software": None})
-    plt.close(figure)

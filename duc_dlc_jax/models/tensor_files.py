@@ -113,7 +113,8 @@ class _TensorUnpickler(pickle.Unpickler):
         return self.storage(key, np.dtype(_STORAGES[storage]), count)
 
     def storage(self, key: str, dtype: np.dtype, count: int) -> np.ndarray:
-        raise NotImplementedError
+        """Only the pickle of the state dict has any; its readers override this."""
+        raise pickle.UnpicklingError(f"storage {key} is outside the state dict")
 
 
 class _ZipUnpickler(_TensorUnpickler):
