@@ -253,4 +253,4 @@ def _taps_of(matrix: np.ndarray, x: jax.Array) -> jax.Array:
     first, second = (
         jnp.asarray(weight, x.dtype)[None, None, :, None] for weight in (first, second)
     )
-    return first * jnp.take(x, low, 2) + second * jnp.take(x, high, 2)
+    return first * jnp.take(x, low, 2, mode="clip") + second * jnp.take(x, high, 2, mode="clip")
