@@ -70,6 +70,16 @@ def test_exponents_by_hand():
     assert "| pixels | 10, 1,000 | 1.50, 1.50 | " in text
 
 
+@pytest.mark.parametrize(("suffix", "start"), [(".png", b"\x89PNG"), (".svg", b"<?xml")])
+def test_growth_is_drawn_in_both_formats(tmp_path, suffix, start):
+    pytest.importorskip("matplotlib", reason="the plots need matplotlib")
+    from duc_dlc_jax.benchmark import plots
+
+    path = tmp_path / f"growth{suffix}"
+    plots.growth({"pixels": [{"size": n, "flops": 5 * n**1.5} for n in (10, 100)]}, path)
+    assert path.read_bytes().startswith(start)
+
+
 def slopes(axis, values, **changes):
     """Exponents of the narrow network's costs over an axis."""
     changes = {f"model__{name}": value for name, value in NARROW.items()} | changes

@@ -13,7 +13,10 @@ from duc_dlc_jax.benchmark.growth import COSTS
 
 
 def growth(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
-    """Costs over each axis, both relative to their first value; found: of `growth.sweep`."""
+    """Costs over each axis, both relative to their first value; found: of `growth.sweep`.
+
+    The suffix of `path` says the format.
+    """
     columns = math.ceil(len(found) / 2)
     figure = Figure(figsize=(4 * columns, 6.5))
     grid = figure.subplots(2, columns, squeeze=False)
@@ -28,4 +31,5 @@ def growth(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
         axes.minorticks_off()
     grid.flat[0].legend()
     figure.tight_layout()
-    figure.savefig(path, dpi=100, metadata={"Software": None})
+    metadata = {"Software": None} if path.suffix == ".png" else None  # an SVG has no such field
+    figure.savefig(path, dpi=100, metadata=metadata)
