@@ -6,6 +6,8 @@ VENV ?= .venv
 EXTRAS ?= $(shell $(PYTHON) -c 'import sys; print("dev,export,cloud,torch" if sys.version_info[:2] == (3, 11) else "dev,export,cloud")')
 # In the order of the files: by their number of tests, the slow ones with few would come last.
 PYTEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder
+# For suites whose tests mostly wait for processes that they start.
+TWO_AT_ONCE := -n 2 --dist load
 
 comma := ,
 space := $(subst ,, )
@@ -50,13 +52,13 @@ test-parity: install  ## the deep and wide networks against PyTorch
 	$(PYTEST) -m parity
 
 test-fault: install  ## runs that are killed and resume
-	$(PYTEST) -m fault
+	$(PYTEST) -m fault $(TWO_AT_ONCE)
 
 test-multiprocess: install  ## several processes as one run
 	$(PYTEST) -m multiprocess
 
 test-object-store: install  ## workdir and records on S3 and Google stores of this machine
-	$(PYTEST) -m object_store
+	$(PYTEST) -m object_store $(TWO_AT_ONCE)
 
 test-slurm: install  ## jobs of a real Slurm; needs slurm-wlm, munge and root
 	$(PYTEST) -m slurm
