@@ -188,5 +188,5 @@ def test_every_marker_has_a_target_and_is_out_of_the_fast_suite():
     fast = re.search(r"^test:.*\n\t(.*)$", makefile, re.MULTILINE).group(1)
     assert '-m "not ($(subst $(space), or ,$(MARKS)))"' in fast
     for marker in markers:
-        target = rf"^\t\$\(PYTEST\) -m {marker}( \$\(PYTEST_ARGS\))?$"
+        target = rf"^\t\$\(PYTEST\) -m {marker}( \$\((PYTEST_ARGS|TWO_AT_ONCE)\))?$"
         assert re.search(target, makefile, re.MULTILINE), f"no target runs -m {marker}"
