@@ -199,6 +199,9 @@ def test_every_network_in_every_format(upsampling, context):
         content = stablehlo.build(folded, size, np.uint8, "logits")
         exported = jax_export.deserialize(bytearray(content))
         assert relative(jit(exported.call)(image), expected) < 5e-6
+        content = stablehlo.build(folded, size, np.uint8, "ids")  # in a way of its own
+        ids = jit(jax_export.deserialize(bytearray(content)).call)(image)
+        assert (ids == expected.argmax(-1)).mean() > 0.9999
         if context == "psp" or upsampling == "guided_filter":
             with pytest.raises(ConfigError, match=f"in Segmenter/({context}|{upsampling})"):
                 onnx_graph.build(folded, size, np.uint8, "logits")
