@@ -24,7 +24,7 @@
 # PYTHON  interpreter (default: python3)
 # EPOCHS  of camvid (default: 200); SOURCE, STRIDE_ON: of WEIGHTS (default: torchvision, 3x3)
 # FIELDS  more --config.NAME=VALUE of resume, camvid and grid
-# RESUME  of resume, pairs of deterministic,cache (default: all four)
+# RESUME, RESUME_MEM_FRACTION  of resume: pairs of deterministic,cache (all four), each one's part (0.15)
 # GRID, GRID_EPOCHS, GRID_SEEDS  of grid: patterns of variants (default: the first six), 24, 0,1,2
 # PROCESSES, GRID_MEM_FRACTION  of grid: how many share it, and each one's part of a GPU (2, 0.4)
 set -euo pipefail
@@ -151,11 +151,11 @@ measure_networks() {
 
 measure_resume() {
   local out="$1" pair kind pids=() names=()
-  export XLA_PYTHON_CLIENT_MEM_FRACTION="${RESUME_MEM_FRACTION:-0.15}"
   for pair in ${RESUME:-True,true True,false False,true False,false}; do
     local dir="$out/resume/deterministic-${pair%,*}-cache-${pair#*,}"
     mkdir -p "$dir"
-    JAX_ENABLE_COMPILATION_CACHE="${pair#*,}" "$python" -m duc_dlc_jax.main --workdir="$dir" \
+    XLA_PYTHON_CLIENT_MEM_FRACTION="${RESUME_MEM_FRACTION:-0.15}" \
+      JAX_ENABLE_COMPILATION_CACHE="${pair#*,}" "$python" -m duc_dlc_jax.main --workdir="$dir" \
       --config=configs/camvid.py --config.data.crop_size=240 --config.data.threads=3 \
       --config.data.dir="${DATA_DIR:?the folder of the prepared records}" \
       --config.model.dtype=bfloat16 --config.train.eval_every=0 \
@@ -184,7 +184,6 @@ except NotEqual as error:
     print("\n".join(str(error).splitlines()[:6]))
 PY
   done
-  export XLA_PYTHON_CLIENT_MEM_FRACTION=0.5
 }
 
 measure_bundle() {
@@ -200,13 +199,13 @@ ablate() {
     --config.data.dir="${DATA_DIR:?the folder of the prepared records}" \
     --config.init.weights="${WEIGHTS:?an ImageNet ResNet-50}" \
     --config.init.source="${SOURCE:-torchvision}" \
-    --config.model.stride_on="${STRIDE_ON:-3x3}" "$@" "${fields[@]}"
+    --config.model.stride_on="${STRIDE_ON:-3x3}" \
+    --config.train.eval_every=0 --config.train.checkpoint_every=100000 "$@" "${fields[@]}"
 }
 
 measure_camvid() {
-  ablate --workdir="$1/camvid" --only=duc_dlc --seeds=0 --weights --config.train.eval_every=0 \
-    --config.train.checkpoint_every=100000 --config.train.epochs="${EPOCHS:-200}" \
-    --config.data.workers=4 --config.data.threads=2
+  ablate --workdir="$1/camvid" --only=duc_dlc --seeds=0 --weights \
+    --config.train.epochs="${EPOCHS:-200}" --config.data.workers=4 --config.data.threads=2
 }
 
 # Two at once fill a GPU that one, fed by threads, leaves half idle.
@@ -215,7 +214,6 @@ measure_grid() {
   for ((i = 0; i < ${PROCESSES:-2}; i++)); do
     XLA_PYTHON_CLIENT_MEM_FRACTION="${GRID_MEM_FRACTION:-0.4}" ablate --workdir="$1/grid" \
       --only="${GRID:-fcn,bilinear,duc,dlc,duc_dlc,deeplabv3}" --seeds="${GRID_SEEDS:-0,1,2}" \
-      --config.train.eval_every=0 --config.train.checkpoint_every=100000 \
       --config.train.epochs="${GRID_EPOCHS:-24}" >"$1/grid-$i.txt" 2>&1 &
   done
   wait

@@ -85,6 +85,12 @@ def rates(args: Any, kinds: list[str]) -> dict[str, Any]:
     """Runs and prints `train`, `infer` and `networks`."""
     size = cli.parsed_size("size", args.size) if args.size else None
     work, result = model.Work(args.config, size), {}
+
+    def keep(where: dict[str, Any], what: str, figures: dict[str, Any]) -> None:
+        where[what] = figures
+        show_rates(what, figures)
+        write(args.json, result)
+
     print("{devices} x {device}, {dtype}, {classes} classes, JAX {jax}".format(**work.conditions()))
     with contextlib.ExitStack() as stack:
         peer = None
@@ -98,21 +104,14 @@ def rates(args: Any, kinds: list[str]) -> dict[str, Any]:
             result["peer"] = {"torch": peer.version, "difference": peer.difference}
         result |= work.conditions()
         if "train" in kinds:
-            timed = model.train(work, work.step(), args.steps, args.rounds, peer, args.profile)
-            result["train"] = timed
-            show_rates("train", result["train"])
-            write(args.json, result)
+            keep(result, "train", model.train(work, args.steps, args.rounds, peer, args.profile))
         if "infer" in kinds:
-            result["infer"] = model.infer(work, args.steps, args.rounds, peer, args.profile)
-            show_rates("infer", result["infer"])
-            write(args.json, result)
+            keep(result, "infer", model.infer(work, args.steps, args.rounds, peer, args.profile))
     if "networks" in kinds:
         result["networks"] = {}
         rows = networks.timed(work, args.networks, args.xla_options, args.steps, args.rounds)
         for name, figures in rows:
-            result["networks"][name] = figures
-            show_rates(name, figures)
-            write(args.json, result)
+            keep(result["networks"], name, figures)
     return result
 
 

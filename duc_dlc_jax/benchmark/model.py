@@ -54,8 +54,8 @@ class Work:
 
     def step(self, options: dict[str, Any] | None = None) -> Step:
         """The compiled training step on a random batch; options: of XLA, for this program."""
-        data, size = random_batch(self.config, self.classes), 1000  # the schedule's steps
-        return Step(self.config, self.model, self.mesh, self.variables, data, size, options)
+        data, schedule = random_batch(self.config, self.classes), 1000  # steps
+        return Step(self.config, self.model, self.mesh, self.variables, data, schedule, options)
 
     def rates(self, what: str, seconds: list[float]) -> dict[str, Any]:
         """Images/s, FLOP/s and share of the floor of rounds that took `seconds` per call.
@@ -133,12 +133,13 @@ class Step:
 
 
 def train(
-    work: Work, step: Step, steps: int, rounds: int, peer: Peer | None = None, trace: bool = False
+    work: Work, steps: int, rounds: int, peer: Peer | None = None, trace: bool = False
 ) -> dict[str, Any]:
     """The training step on all devices: `rounds` of `steps` steps, alternating with the peer's.
 
     trace: also where the time goes, by layer group, forward and backward, from a profile.
     """
+    step = work.step()
     result = timed_step(work, step, steps, rounds, peer)
     return result | (_profiled(step, step.compiled, work) if trace else {})
 
