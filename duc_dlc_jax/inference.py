@@ -205,10 +205,8 @@ def class_by_class(logits: jax.Array, rows: Reads, columns: Reads) -> jax.Array:
     [B, H] and [B, W], and the share of the next one, float.
     """
     (above, share_below), (left, share_right) = rows, columns
-    cells = jnp.arange(logits.shape[2])[None, :, None]
-    across = jnp.where(cells == left[:, None], 1 - share_right[:, None], 0)
-    across += jnp.where(cells == left[:, None] + 1, share_right[:, None], 0)
-    across = across.astype(logits.dtype)  # [B, w, W]
+    across = resizing.weights_of_positions(left, share_right, logits.shape[2])
+    across = jnp.swapaxes(across, 1, 2).astype(logits.dtype)  # [B, w, W]
 
     def more(k, found):
         largest, ids = found

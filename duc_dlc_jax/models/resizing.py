@@ -116,8 +116,13 @@ _RESIZE = {grid: _named_resize(grid) for grid in ("corners", "stride", "half_pix
 def traced_interpolation_matrix(size_in: Any, size_out: Any, grid: str, step: float) -> jax.Array:
     """`interpolation_matrix` of sizes that are not known yet: symbols."""
     sizes = jnp.asarray([size_in]), jnp.asarray([size_out])
-    low, fraction = (x[0, :, None] for x in interpolation_positions(*sizes, size_out, grid, step))
-    cell = jnp.arange(size_in)[None]
+    low, fraction = interpolation_positions(*sizes, size_out, grid, step)
+    return weights_of_positions(low, fraction, size_in)[0]
+
+
+def weights_of_positions(low: jax.Array, fraction: jax.Array, cells: Any) -> jax.Array:
+    """[B, n, cells]: the weights that `interpolate` gives the cells, of its positions [B, n]."""
+    cell, low, fraction = jnp.arange(cells)[None, None], low[..., None], fraction[..., None]
     return jnp.where(cell == low, 1 - fraction, 0) + jnp.where(cell == low + 1, fraction, 0)
 
 
