@@ -1,7 +1,7 @@
-"""CamVid, the reduced protocol: the first five of configs/ablation_camvid.py at a CPU's budget.
+"""CamVid, the reduced protocol: the first six of configs/ablation_camvid.py at a CPU's budget.
 
 Reduced: crops of 240 in place of 360, 340 steps of 8 (2,720 images) in place of 200 epochs, 3 seeds
-in place of 10. The recipe is that of configs/camvid_small.py, with ImageNet weights.
+each. The recipe is that of configs/camvid_small.py, with ImageNet weights.
 
 Command   nohup nice -n 19 python -m duc_dlc_jax.ablate --config=configs/ablation_camvid_small.py
           --workdir=runs/small --config.init.weights=FILE >> runs/small.log 2>&1 &
@@ -27,7 +27,7 @@ def get_config():
 
 
 def get_variants():
-    return [dataclasses.replace(v, seeds=3) for v in grid.load(FULL).variants[:5]]
+    return [dataclasses.replace(v, seeds=3) for v in grid.load(FULL).variants[:6]]
 
 
 def get_comparisons():

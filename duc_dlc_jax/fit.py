@@ -155,9 +155,8 @@ def _write(workdir: Path, request: Request, plan: plans.Plan, notes: list[str]) 
         *notes,
     ]
     (workdir / RECORD_FILE).write_text(json.dumps(request.record(), indent=1) + "\n")
-    unfinished = workdir / (PLAN_FILE + ".unfinished")
-    unfinished.write_text(plans.source_text(plan, "\n".join(notes)))
-    unfinished.rename(workdir / PLAN_FILE)  # last: where it is, the plan is complete
+    with storage.whole_file(workdir / PLAN_FILE) as partial:  # last: the plan is complete
+        partial.write_text(plans.source_text(plan, "\n".join(notes)))
 
 
 def _check_record(workdir: Path, request: Request) -> None:

@@ -7,12 +7,15 @@ marker is there (`checkpoints`), and nothing keeps two runs out of one workdir.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import os
+import pathlib
+import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from absl import logging
@@ -97,6 +100,24 @@ def move(source: epath.Path, target: epath.Path) -> None:
     else:
         target.parent.mkdir(exist_ok=True)
         source.rename(target)
+
+
+@contextlib.contextmanager
+def whole_file(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Another name for a file on a disk, which gets its own once it is complete.
+
+    Readers see all of it or nothing. That name is the process's own, so that several may write the
+    same file; what an exception leaves is removed.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.partial")
+    try:
+        yield partial
+        with open(partial, "rb") as file:
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def errors() -> tuple[type[Exception], ...]:

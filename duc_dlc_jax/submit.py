@@ -11,11 +11,11 @@ import io
 import re
 import zipfile
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from absl import flags
-from etils import epath
 from PIL import Image
 
 from duc_dlc_jax import cli, protocols, storage
@@ -40,7 +40,7 @@ FORMATS = {
 }
 
 
-def write_archive(path: epath.Path, spec: LabelSpec, examples: Iterable[dict[str, Any]]) -> int:
+def write_archive(path: Path, spec: LabelSpec, examples: Iterable[dict[str, Any]]) -> int:
     """Writes {name, prediction: train ids uint8 [H, W]} as `spec.submission_ids`; returns how many.
 
     Raises ConfigError for a data set without a submission format, DataError for names that its
@@ -52,19 +52,17 @@ def write_archive(path: epath.Path, spec: LabelSpec, examples: Iterable[dict[str
         )
     form, sizes = FORMATS[spec.name], {}
     ids = np.asarray(spec.submission_ids, np.uint8)
-    unfinished = path.with_name(path.name + ".unfinished")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with zipfile.ZipFile(unfinished, "w", zipfile.ZIP_STORED) as archive:  # PNGs are compressed
-        for example in examples:
-            file = _file_name(form, example["name"])
-            if file in sizes:
-                raise DataError(f"two records are named {example['name']}")
-            sizes[file] = example["prediction"].shape
-            buffer = io.BytesIO()
-            Image.fromarray(ids[example["prediction"]]).save(buffer, "PNG")
-            archive.writestr(file, buffer.getvalue())
-    check_archive(unfinished, spec, sizes)
-    unfinished.replace(path)
+    with storage.whole_file(path) as partial:
+        with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:  # PNGs are compressed
+            for example in examples:
+                file = _file_name(form, example["name"])
+                if file in sizes:
+                    raise DataError(f"two records are named {example['name']}")
+                sizes[file] = example["prediction"].shape
+                buffer = io.BytesIO()
+                Image.fromarray(ids[example["prediction"]]).save(buffer, "PNG")
+                archive.writestr(file, buffer.getvalue())
+        check_archive(partial, spec, sizes)
     return len(sizes)
 
 
@@ -76,7 +74,7 @@ def _file_name(form: Format, name: str) -> str:
     return form.file.format(name=base)
 
 
-def check_archive(path: epath.Path, spec: LabelSpec, sizes: dict[str, tuple[int, int]]) -> None:
+def check_archive(path: Path, spec: LabelSpec, sizes: dict[str, tuple[int, int]]) -> None:
     """Raises DataError unless the archive holds these files alone, of these sizes and known ids."""
     allowed = set(spec.submission_ids)
     with zipfile.ZipFile(path) as archive:
@@ -102,7 +100,8 @@ def main(_) -> None:
     protocol = protocols.Protocol.from_config(config).planned(records.sizes())
     evaluator = Evaluator(run.model, run.spec, config.eval.batch_size, protocol)
     predictions = evaluator.predictions(run.variables, pipeline.eval_examples(records))
-    count = write_archive(storage.local("--output", args.output), run.spec, predictions)
+    output = Path(storage.local("--output", args.output))
+    count = write_archive(output, run.spec, predictions)
     if count != len(records):
         raise DataError(f"{args.output} has {count} predictions for {len(records)} images")
     print(f"{count} images of {args.split} in {args.output}, checked; {protocol.sentence()}")

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from duc_dlc_jax import config as config_lib
-from duc_dlc_jax.ablate import claims, grid, results, runner
+from duc_dlc_jax.ablate import claims, grid, runner
 from duc_dlc_jax.ablate.__main__ import listed, train_all
 from duc_dlc_jax.ablate.grid import Variant, parts
 from duc_dlc_jax.ablate.results import Results
@@ -123,18 +123,6 @@ def test_without_locks_one_warning_and_no_claims(tmp_path, monkeypatch, caplog):
     warnings = [r.getMessage() for r in caplog.records if "has no locks" in r.getMessage()]
     assert len(warnings) == 1
     assert "start no second process in this workdir" in warnings[0]
-
-
-def test_two_processes_may_write_one_file(tmp_path):
-    path = tmp_path / "grid.json"
-    with results.written(path) as file:
-        file.write(b"one")
-        other = path.with_name(f"{path.name}.elsewhere-1.partial")
-        other.write_bytes(b"two")
-        other.replace(path)
-        assert path.read_bytes() == b"two"
-    assert path.read_bytes() == b"one"
-    assert list(tmp_path.iterdir()) == [path]
 
 
 # The loop

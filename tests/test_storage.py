@@ -1,5 +1,6 @@
 """Paths in object stores, as far as no server is needed: see test_object_store.py for the rest."""
 
+import contextlib
 import importlib.util
 import json
 
@@ -29,6 +30,28 @@ def test_other_stores_and_flags_that_need_a_disk_are_refused():
     with pytest.raises(ConfigError, match=r"--output=s3://bucket/x must be on a disk"):
         storage.local("--output", "s3://bucket/x")
     assert storage.local("--output", "results") == epath.Path("results")
+
+
+def test_two_processes_may_write_one_file(tmp_path):
+    path = tmp_path / "new" / "grid.json"
+    with storage.whole_file(path) as partial:
+        partial.write_text("one")
+        other = path.with_name(f"{path.name}.elsewhere-1.partial")
+        other.write_text("two")
+        other.replace(path)
+        assert path.read_text() == "two"
+    assert path.read_text() == "one"
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_file_that_was_broken_off_leaves_the_one_before(tmp_path):
+    path = tmp_path / "model.npz"
+    path.write_text("before")
+    with contextlib.suppress(OSError), storage.whole_file(path) as partial:
+        partial.write_text("half")
+        raise OSError("no room")
+    assert path.read_text() == "before"
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_orbax_describes_s3_to_tensorstore(monkeypatch):

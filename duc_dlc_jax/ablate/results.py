@@ -7,14 +7,14 @@ import dataclasses
 import json
 import os
 import shutil
-import socket
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import ml_collections
 
 from duc_dlc_jax import config as config_lib
+from duc_dlc_jax import storage
 from duc_dlc_jax.ablate import claims
 from duc_dlc_jax.ablate.grid import Grid, Run
 from duc_dlc_jax.config import ConfigError
@@ -155,23 +155,5 @@ class Results:
             )
 
     def _put(self, path: Path, text: str) -> None:
-        with written(path) as file:
-            file.write(text.encode())
-
-
-@contextlib.contextmanager
-def written(path: Path) -> Iterator[IO[bytes]]:
-    """A file that is renamed into place when complete: readers see all of it or nothing.
-
-    Its name until then is the process's own: several may write the same file.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.partial")
-    try:
-        with open(partial, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+        with storage.whole_file(path) as partial:
+            partial.write_text(text)

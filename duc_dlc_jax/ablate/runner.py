@@ -22,10 +22,10 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from duc_dlc_jax import describe, evaluate, initial, pictures, protocols, sharding
+from duc_dlc_jax import describe, evaluate, initial, pictures, protocols, sharding, storage
 from duc_dlc_jax import optimizer as optimizers
 from duc_dlc_jax.ablate import crops
-from duc_dlc_jax.ablate.results import Files, written
+from duc_dlc_jax.ablate.results import Files
 from duc_dlc_jax.data import pipeline
 from duc_dlc_jax.data.records import open_records
 from duc_dlc_jax.models import segmenter
@@ -240,7 +240,7 @@ class Trainer:
         """The crops of the predictions, and of the labels beside them, as palette PNGs."""
         for place, what in ((path, "prediction"), (path.with_name("label.png"), "label")):
             masks = [crop.of(shown[crop.record][what]) for crop in self._data.crops]
-            with written(place) as file:
+            with storage.whole_file(place) as partial, partial.open("wb") as file:
                 pictures.write_ids(file, crops.strip(masks), self._data.val.spec)
 
     def _measure(self, state, batch, key) -> dict[str, float]:
@@ -289,5 +289,5 @@ def _save(path: Path, variables: Any) -> None:
     """params and batch_stats as an .npz, by names like params/dlc/reduce_conv/kernel."""
     flat = flax.traverse_util.flatten_dict(jax.device_get(variables), sep="/")
     named: Any = {name: np.asarray(value) for name, value in flat.items()}
-    with written(path) as file:
+    with storage.whole_file(path) as partial, partial.open("wb") as file:
         np.savez(file, **named)

@@ -22,6 +22,7 @@ from pathlib import Path
 
 from absl import logging
 
+from duc_dlc_jax import storage
 from duc_dlc_jax.config import ConfigError
 from duc_dlc_jax.progress import Progress
 
@@ -173,41 +174,39 @@ def _locked(path: Path) -> Iterator[None]:
 
 def _download(name: str, weights: Weights, path: Path) -> None:
     """Writes the file under another name, checks it, and then gives it its own."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
     by_hand = (
         f"Fetch {weights.url} on a machine with network and copy it to {path}, or give the file "
         "itself as config.init.weights."
     )
     try:
-        size, digest = _copy(name, weights, part)
-        if size is not None and (got := part.stat().st_size) != size:
-            raise ConfigError(
-                f"{weights.url} ended after {got} of {size} bytes. Try again. {by_hand}"
-            )
-        if not digest.startswith(weights.sha256):
-            raise ConfigError(
-                f"what {weights.url} sent is not {weights.file}: its SHA-256 begins with "
-                f"{digest[: len(weights.sha256)]}, not {weights.sha256}. Nothing of it was kept."
-            )
-        part.replace(path)
+        with storage.whole_file(path) as partial:
+            size, digest = _copy(name, weights, partial)
+            if size is not None and (got := partial.stat().st_size) != size:
+                raise ConfigError(
+                    f"{weights.url} ended after {got} of {size} bytes. Try again. {by_hand}"
+                )
+            if not digest.startswith(weights.sha256):
+                raise ConfigError(
+                    f"what {weights.url} sent is not {weights.file}: its SHA-256 begins with "
+                    f"{digest[: len(weights.sha256)]}, not {weights.sha256}. Nothing of it was "
+                    "kept."
+                )
     except urllib.error.HTTPError as error:
         raise ConfigError(f"{weights.url}: {error}. {by_hand}") from error
     except (OSError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)
         raise ConfigError(f"{weights.url} cannot be downloaded: {reason}. {by_hand}") from error
-    finally:
-        part.unlink(missing_ok=True)
 
 
-def _copy(name: str, weights: Weights, part: Path) -> tuple[int | None, str]:
-    """Downloads to `part`; returns the announced size and the SHA-256."""
+def _copy(name: str, weights: Weights, partial: Path) -> tuple[int | None, str]:
+    """Downloads to `partial`; returns the announced size and the SHA-256."""
     digest, done = hashlib.sha256(), 0
     request = urllib.request.Request(weights.url, headers={"User-Agent": "duc-dlc-jax"})
-    with urllib.request.urlopen(request, timeout=TIMEOUT) as answer, part.open("wb") as out:
+    with urllib.request.urlopen(request, timeout=TIMEOUT) as answer, partial.open("wb") as out:
         length = answer.headers.get("Content-Length")
         size = int(length) if length else None
         progress = Progress(-(-(size or 0) // BLOCK), "MiB")
-        progress.say(f"downloading {name} from {weights.url} to {part.parent}")
+        progress.say(f"downloading {name} from {weights.url} to {partial.parent}")
         while block := answer.read(BLOCK):
             out.write(block)
             digest.update(block)
