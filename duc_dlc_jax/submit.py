@@ -95,12 +95,12 @@ def check_archive(path: Path, spec: LabelSpec, sizes: dict[str, tuple[int, int]]
 
 def main(_) -> None:
     args = flags.FLAGS
+    output = Path(storage.local("--output", args.output))
     run, records = open_run(args, args.workdir)
     config = protocols.select(run.config, args.protocol, args.set)
     protocol = protocols.Protocol.from_config(config).planned(records.sizes())
     evaluator = Evaluator(run.model, run.spec, config.eval.batch_size, protocol)
     predictions = evaluator.predictions(run.variables, pipeline.eval_examples(records))
-    output = Path(storage.local("--output", args.output))
     count = write_archive(output, run.spec, predictions)
     if count != len(records):
         raise DataError(f"{args.output} has {count} predictions for {len(records)} images")

@@ -23,6 +23,9 @@
 #
 # PYTHON  interpreter (default: python3)
 # EPOCHS  of camvid (default: 200); SOURCE, STRIDE_ON: of WEIGHTS (default: torchvision, 3x3)
+# WAYS    of step: PyTorch's, eager,compile (default: both)
+# NETWORKS, OPTIONS  of networks: as 101/8@768x8,50/8@480x16 (11 of them), and options of XLA (2);
+#         options come first, and each row is in the JSON as soon as it is measured
 # FIELDS  more --config.NAME=VALUE of resume, camvid and grid
 # RESUME, RESUME_MEM_FRACTION  of resume: pairs of deterministic,cache (all four), each one's part (0.15)
 # GRID, GRID_EPOCHS, GRID_SEEDS  of grid: patterns of variants (default: the first six), 24, 0,1,2
@@ -139,14 +142,18 @@ measure_layers() {
 
 # Without CUDA graphs, in which the profile would not see single kernels.
 measure_step() {
+  local way ways=() wanted="${WAYS:-eager,compile}"
+  for way in ${wanted//,/ }; do ways+=("--ways=$way"); done
   XLA_FLAGS="--xla_gpu_enable_command_buffer= ${XLA_FLAGS:-}" benchmark --peer=torch \
-    --what=train,infer --size=1024x2048 --profile --rounds=3 --json="$1/step.json"
+    --what=train,infer --size=1024x2048 --profile --rounds=3 --json="$1/step.json" "${ways[@]}"
 }
 
 measure_networks() {
+  local networks=50/16@480x16,50/8@480x16,101/32@480x16,101/16@480x16,101/8@480x16,50/32@768x8
+  networks+=,50/16@768x8,50/8@768x8,101/32@768x8,101/16@768x8,101/8@768x8
+  local options=xla_gpu_deterministic_ops=true,xla_gpu_enable_triton_gemm=false
   benchmark --what=train,networks --rounds=3 --json="$1/networks.json" \
-    --xla_options=xla_gpu_deterministic_ops=true,xla_gpu_enable_triton_gemm=false \
-    --networks=50/16@480x16,50/8@480x16,101/32@480x16,101/16@480x16,101/8@480x16,50/32@768x8,50/16@768x8,50/8@768x8,101/32@768x8,101/16@768x8,101/8@768x8
+    --xla_options="${OPTIONS-$options}" --networks="${NETWORKS-$networks}"
 }
 
 measure_resume() {

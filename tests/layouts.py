@@ -45,9 +45,12 @@ def camvid(root: pathlib.Path) -> None:
 
 def cityscapes(root: pathlib.Path) -> None:
     for split in ("train", "val", "test"):
-        write(root / "leftImg8bit" / split / "ulm" / "ulm_1_2_leftImg8bit.png", picture())
+        write(root / "leftImg8bit" / split / "ulm" / "ulm_000001_000002_leftImg8bit.png", picture())
         if split != "test":
-            write(root / "gtFine" / split / "ulm" / "ulm_1_2_gtFine_labelIds.png", mask(7, 0, 33))
+            write(
+                root / "gtFine" / split / "ulm" / "ulm_000001_000002_gtFine_labelIds.png",
+                mask(7, 0, 33),
+            )
 
 
 def ade20k(root: pathlib.Path) -> None:

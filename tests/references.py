@@ -63,6 +63,21 @@ def state32(network) -> dict:
     }
 
 
+def deeplab(depth: int, classes: int = 21, aux: bool = True):
+    """Torchvision's DeepLabv3 with random values, and its state dict."""
+    resnet = imported("torchvision.models.resnet")
+    module = imported("torchvision.models.segmentation.deeplabv3")
+
+    def build():
+        backbone = resnet.ResNet(
+            resnet.Bottleneck, twins.BLOCKS[depth], replace_stride_with_dilation=[False, True, True]
+        )
+        return module._deeplabv3_resnet(backbone, classes, aux)
+
+    network = randomized(build, depth)
+    return network, state32(network)
+
+
 def features(network, x):
     """Outputs of layer1..layer4 of a ResNet in the manner of torchvision, timm or Hugging Face."""
     with torch.no_grad():

@@ -18,7 +18,6 @@ from duc_dlc_jax.config import ConfigError
 from duc_dlc_jax.data.labels import label_spec
 from duc_dlc_jax.labelling import Predictor
 from duc_dlc_jax.models import deeplabv3, segmenter, weights
-from duc_dlc_jax.models.resnet import BLOCKS
 from duc_dlc_jax.models.tensor_files import read_tensors
 from networks import jit
 
@@ -29,21 +28,6 @@ import torch_twin as twins  # noqa: E402
 from weight_files import Call, load, model_config, stream  # noqa: E402
 
 PARAMETERS = {50: 42_004_074, 101: 60_996_202}
-
-
-def deeplab(depth, classes=21, aux=True):
-    """Torchvision's DeepLabv3 with random values, and its state dict."""
-    resnet = references.imported("torchvision.models.resnet")
-    module = references.imported("torchvision.models.segmentation.deeplabv3")
-
-    def build():
-        backbone = resnet.ResNet(
-            resnet.Bottleneck, BLOCKS[depth], replace_stride_with_dilation=[False, True, True]
-        )
-        return module._deeplabv3_resnet(backbone, classes, aux)
-
-    network = references.randomized(build, depth)
-    return network, references.state32(network)
 
 
 def read(path):
@@ -77,7 +61,7 @@ def differences(path, network, sizes, depth):
 @pytest.mark.parametrize("depth", [50, 101])
 def test_logits_equal_torchvisions(tmp_path, depth):
     """The whole network at two sizes, float64, relative 1e-10."""
-    network, state = deeplab(depth)
+    network, state = references.deeplab(depth)
     assert sum(p.numel() for p in network.parameters()) == PARAMETERS[depth]
     path = tmp_path / "deeplab.pth"
     torch.save(state, path)
@@ -91,7 +75,7 @@ def test_logits_equal_torchvisions(tmp_path, depth):
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     """The same with a ResNet of one block a stage: (network, file)."""
-    network, state = deeplab(14)
+    network, state = references.deeplab(14)
     path = tmp_path_factory.mktemp("deeplab") / "small.pth"
     torch.save(state, path, _use_new_zipfile_serialization=False)  # as the published ones are
     return network, path

@@ -7,10 +7,12 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 
 import numpy as np
 import pytest
 
+import layouts
 from object_store import GCS, S3, download, serving, url
 from runs import command, environment, free_port, run, saved_state, tiny_config
 
@@ -129,6 +131,36 @@ def test_save_kill_resume_evaluate(scheme, s3, request, data, scenes_dir, straig
     run([*program, "--checkpoint=latest", f"--json={json_file}"], **env)
     scores = json.loads(json_file.read_text())
     assert (scores["step"], scores["mIoU"]) == (8, pytest.approx(there[8], abs=1e-6))
+
+
+def test_an_imported_network_labels_for_a_server(s3, tmp_path):
+    """`import_model` and `submit` with a workdir in the store, beside the same on a disk."""
+    import references  # needs torch
+    from duc_dlc_jax.data.prepare import prepare
+
+    references.torch.save(references.deeplab(14, classes=19)[1], tmp_path / "deeplab.pth")
+    layouts.cityscapes(tmp_path / "raw")
+    prepare("cityscapes", str(tmp_path / "raw"), tmp_path / "data")
+    archives = {}
+    for workdir, env in ((url(s3, "imported"), s3.env), (tmp_path / "imported", {})):
+        program = [sys.executable, "-m", "duc_dlc_jax.import_model", f"--workdir={workdir}"]
+        program += [f"--weights={tmp_path / 'deeplab.pth'}", "--labels=cityscapes"]
+        run(program, **env)
+        again = run(program, check=False, **env)
+        assert again.returncode == 2
+        assert "holds a run already" in again.stderr
+        program = [sys.executable, "-m", "duc_dlc_jax.submit", f"--workdir={workdir}"]
+        program += [f"--data_dir={tmp_path / 'data'}", "--split=val"]
+        refused = run([*program, f"--output={url(s3, 'x.zip')}"], check=False, **env)
+        assert refused.returncode == 2
+        assert "must be on a disk" in refused.stderr
+        output = tmp_path / f"{len(archives)}.zip"
+        run([*program, f"--output={output}"], **env)
+        with zipfile.ZipFile(output) as archive:
+            archives[workdir] = {name: archive.read(name) for name in archive.namelist()}
+    here, there = archives.values()
+    assert list(here) == ["ulm_000001_000002_labelIds.png"]
+    assert here == there
 
 
 def test_an_incomplete_checkpoint_is_not_read(s3, data, scenes_dir, tmp_path):

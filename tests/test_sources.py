@@ -66,9 +66,9 @@ def test_several_archives_join_and_unpacked_files_come_first(tmp_path):
         (tmp_path / top).mkdir()
         (tmp_path / "raw" / top).rename(tmp_path / top / top)
         packed(tmp_path / top, ".zip").rename(downloads / f"{top}_trainvaltest.zip")
-    assert train_ids("cityscapes", downloads)[1] == {"ulm_1_2": [0, 18, IGNORE]}
-    write(downloads / "gtFine/train/ulm/ulm_1_2_gtFine_labelIds.png", mask(8))
-    assert train_ids("cityscapes", downloads)[1] == {"ulm_1_2": [1]}
+    assert train_ids("cityscapes", downloads)[1] == {"ulm_000001_000002": [0, 18, IGNORE]}
+    write(downloads / "gtFine/train/ulm/ulm_000001_000002_gtFine_labelIds.png", mask(8))
+    assert train_ids("cityscapes", downloads)[1] == {"ulm_000001_000002": [1]}
 
 
 def zip_with(path, name, mode=0):
@@ -130,9 +130,14 @@ def test_a_flipped_byte_in_a_zip_is_found_by_its_checksum(tmp_path):
 
 
 def test_cityscapes_with_train_ids_and_coarse_labels(tmp_path):
-    write(tmp_path / "leftImg8bit/train/ulm/ulm_1_2_leftImg8bit.png", picture())
-    write(tmp_path / "gtFine/train/ulm/ulm_1_2_gtFine_labelTrainIds.png", mask(0, 18, 255))
-    assert train_ids("cityscapes", tmp_path) == ("train_ids", {"ulm_1_2": [0, 18, IGNORE]})
+    write(tmp_path / "leftImg8bit/train/ulm/ulm_000001_000002_leftImg8bit.png", picture())
+    write(
+        tmp_path / "gtFine/train/ulm/ulm_000001_000002_gtFine_labelTrainIds.png", mask(0, 18, 255)
+    )
+    assert train_ids("cityscapes", tmp_path) == (
+        "train_ids",
+        {"ulm_000001_000002": [0, 18, IGNORE]},
+    )
     write(tmp_path / "leftImg8bit/train_extra/graz/graz_1_2_leftImg8bit.png", picture())
     write(tmp_path / "gtCoarse/train_extra/graz/graz_1_2_gtCoarse_labelTrainIds.png", mask(13, 255))
     found = train_ids("cityscapes", tmp_path, "train_extra")

@@ -52,7 +52,7 @@ def timed(
     """
     configs = {name: network(base.config, name) for name in names}
     set_to: dict[str, dict[str, Any]] = {text: option(text) for text in options}
-    for name in (*configs, *set_to):
+    for name in (*set_to, *configs):
         try:
             work = base
             if name in configs:
