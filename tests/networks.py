@@ -23,6 +23,14 @@ NARROW = {  # fields of config.model: the 14-layer network at a quarter of its w
     "dlc_growth": 4,
 }
 
+# Of the whole network, by depth: with 150, 59 and 19 classes.
+PARAMETERS = {
+    50: (35_927_638, 35_834_363, 35_793_363),
+    101: (54_919_766, 54_826_491, 54_785_491),
+    152: (70_563_414, 70_470_139, 70_429_139),
+    269: (112_443_990, 112_350_715, 112_309_715),
+}
+
 # Compiling dominates these tests: the programs run once on tiny arrays.
 QUICK = dict(programs.QUICK_CPU)
 if jax.__version_info__ < (0, 12):  # the option is gone since

@@ -99,6 +99,35 @@ def run(arguments, *, devices=1, check=True, timeout=300, **env):
     return result
 
 
+def run_two(data_dir, workdir, **changes) -> None:
+    """The run in two processes of two devices each; both have to end with code 0."""
+    port = free_port()
+    processes = [
+        subprocess.Popen(
+            command(
+                data_dir,
+                workdir,
+                f"--coordinator=localhost:{port}",
+                "--processes=2",
+                f"--process={index}",
+                **changes,
+            ),
+            env=environment(2),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for index in range(2)
+    ]
+    try:
+        outputs = [process.communicate(timeout=300)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    for process, output in zip(processes, outputs, strict=True):
+        assert process.returncode == 0, output[-4000:]
+
+
 def environment(devices=1, **extra):
     return os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)} | extra
 

@@ -14,7 +14,7 @@ from duc_dlc_jax import config as config_lib
 from duc_dlc_jax import describe
 from duc_dlc_jax.models import layers, segmenter
 from duc_dlc_jax.models.dlc import DLC
-from networks import jit, shapes_of
+from networks import PARAMETERS, jit, shapes_of
 
 # Parameters and multiply-adds
 
@@ -22,12 +22,6 @@ BACKBONE = {50: 23_508_032, 101: 42_500_160, 152: 58_143_808, 269: 100_024_384}
 DEEP = {50: 23_631_808, 101: 42_623_936, 152: 58_267_584, 269: 100_148_160}
 WITH_FC = {50: 25_557_032, 101: 44_549_160, 152: 60_192_808, 269: 102_073_384}
 GMACS = {50: 18.77, 101: 35.81, 152: 52.86, 269: 91.96}
-WHOLE = {  # by depth: 150, 59 and 19 classes
-    50: (35_927_638, 35_834_363, 35_793_363),
-    101: (54_919_766, 54_826_491, 54_785_491),
-    152: (70_563_414, 70_470_139, 70_429_139),
-    269: (112_443_990, 112_350_715, 112_309_715),
-}
 DEPTHS = pytest.mark.parametrize("depth", list(BACKBONE))
 
 
@@ -60,8 +54,8 @@ def test_parameters_of_the_backbone(depth):
 @DEPTHS
 def test_parameters_of_the_whole_network(depth):
     parts = parameters(depth=depth)
-    assert sum(parts.values()) == WHOLE[depth][0]
-    for classes, total in zip((59, 19), WHOLE[depth][1:], strict=True):
+    assert sum(parts.values()) == PARAMETERS[depth][0]
+    for classes, total in zip((59, 19), PARAMETERS[depth][1:], strict=True):
         others = parameters(classes, depth=14)  # the heads do not know the depth
         assert sum(others.values()) - others["backbone"] + parts["backbone"] == total
 

@@ -1,42 +1,14 @@
 """Two processes with two CPU devices each against one process with four."""
 
 import json
-import subprocess
+import shutil
 
 import numpy as np
 import pytest
 
-from runs import command, environment, free_port, run, saved_state
+from runs import command, run, run_two, saved_state
 
 pytestmark = pytest.mark.multiprocess
-
-
-def run_two(data_dir, workdir, **changes):
-    port = free_port()
-    processes = [
-        subprocess.Popen(
-            command(
-                data_dir,
-                workdir,
-                f"--coordinator=localhost:{port}",
-                "--processes=2",
-                f"--process={index}",
-                **changes,
-            ),
-            env=environment(2),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for index in range(2)
-    ]
-    try:
-        outputs = [process.communicate(timeout=300)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    for process, output in zip(processes, outputs, strict=True):
-        assert process.returncode == 0, output[-4000:]
 
 
 def last_scores(workdir):
@@ -82,10 +54,7 @@ def test_two_processes_resume_as_one(scenes_dir, tmp_path):
     whole, moved = tmp_path / "whole", tmp_path / "moved"
     run(command(scenes_dir, whole, **changes), devices=4)
     run_two(scenes_dir, moved, **changes)
-    for step in (4,):
-        folder = moved / "checkpoints" / str(step)
-        assert folder.is_dir()
-        subprocess.run(["rm", "-r", str(folder)], check=True)
+    shutil.rmtree(moved / "checkpoints" / "4")
     result = run(command(scenes_dir, moved, **changes), devices=4)
     assert "resuming from step 2" in result.stderr
     assert largest_difference(saved_state(whole, 4), saved_state(moved, 4)) <= 1e-5

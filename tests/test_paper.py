@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import pathlib
 import re
 
 import pytest
 from absl import flags
 from ml_collections import config_flags
-from test_model_numbers import WHOLE
-from test_repository import tracked_texts
 
 from duc_dlc_jax import cli, describe, hours
 from duc_dlc_jax import config as config_lib
@@ -19,11 +16,12 @@ from duc_dlc_jax.data.records import find_spec
 from duc_dlc_jax.models import segmenter
 from duc_dlc_jax.paper import __main__ as paper
 from duc_dlc_jax.paper.tables import SLIPS, TABLES, Row
+from networks import PARAMETERS
+from repository import ROOT, tracked_texts
 
-ROOT = pathlib.Path(__file__).parent.parent
 ROWS = [row for table in TABLES for row in table.rows]
 RUNS = list(dict.fromkeys(row.run for row in ROWS if row.run))
-CLASSES = {"ade20k": 0, "pascal_context": 1, "cityscapes": 2}  # columns of WHOLE
+CLASSES = {"ade20k": 0, "pascal_context": 1, "cityscapes": 2}  # columns of PARAMETERS
 
 
 # The paper's figures
@@ -68,7 +66,7 @@ def test_a_training_has_the_network_of_its_row(run):
     name, _, depth = run.rpartition("_r")
     assert config.data.name == name
     model = segmenter.create(config.model, find_spec(config.data).num_classes)
-    assert sum(describe.parameters(model).values()) == WHOLE[int(depth)][CLASSES[name]]
+    assert sum(describe.parameters(model).values()) == PARAMETERS[int(depth)][CLASSES[name]]
     assert config.optimizer.learning_rate == 1e-3
     assert bool(config.init.weights) == (int(depth) != 269)
 

@@ -10,11 +10,9 @@ import subprocess
 import sys
 import tomllib
 
-import pytest
-
 import duc_dlc_jax
+from repository import ROOT, tracked_files, tracked_texts
 
-ROOT = pathlib.Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 EXTRAS = PROJECT["project"]["optional-dependencies"]
 REQUIRED = PROJECT["project"]["dependencies"]
@@ -42,23 +40,6 @@ EXTRAS_BY_FILE = {
 def canonical(requirement: str) -> str:
     """`Ml_Collections>=1.0; marker` -> `ml-collections`."""
     return re.match(r"[\w.-]+", requirement).group().lower().replace("_", "-")
-
-
-def tracked_files() -> list[pathlib.Path]:
-    """Files that git has or would take: neither ignored nor deleted."""
-    if not (ROOT / ".git").exists():
-        pytest.skip("not a git checkout")
-    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-    listed = subprocess.run(command, cwd=ROOT, capture_output=True, check=True, text=True).stdout
-    return [ROOT / name for name in listed.split("\0") if name and (ROOT / name).is_file()]
-
-
-def tracked_texts():
-    for path in tracked_files():
-        try:
-            yield path.relative_to(ROOT), path.read_text("utf-8")
-        except UnicodeDecodeError:
-            continue  # a picture
 
 
 def test_extras_exist():

@@ -7,9 +7,8 @@ import time
 import numpy as np
 import pytest
 import slurm
-from test_multiprocess import run_two
 
-from runs import command, environment, free_port, saved_state
+from runs import command, environment, free_port, run_two, saved_state
 
 pytestmark = [
     pytest.mark.slurm,
