@@ -8,8 +8,8 @@ Command   nohup nice -n 19 python -m duc_dlc_jax.ablate --config=configs/ablatio
           FILE: an ImageNet ResNet-50 with the stride on its 1x1 convolutions (source keras_v1)
           Killed at any time, the same command goes on: at most 50 steps are done again
 Data      python -m duc_dlc_jax.data.prepare --dataset=camvid --raw_dir=DIR --data_dir=data
-Hardware  2 CPU cores, 20 minutes a run of the whole network, so 5 hours at most for the 15 runs
-Score     docs/results/ablation_small.md, once runs are committed
+Hardware  one CPU core a process: 14 (FCN) to 25 minutes a run, 32 for DeepLabv3
+Score     docs/results/ablation_small.md
 """
 
 import dataclasses

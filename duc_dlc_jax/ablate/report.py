@@ -188,7 +188,7 @@ def _main_table(table: Table) -> str:
                 *(_spread(v) for v in values),
                 f"{sum(runs[0]['parameters'].values()):,}",
                 f"{table.gmacs(name):.1f}",
-                *[f"{rates[k]:.0f}" if k in rates else "" for k in ("train", "label")] * timed,
+                *[_rate(rates[k]) if k in rates else "" for k in ("train", "label")] * timed,
                 f"{max(r['step_bytes_per_device'] for r in runs) / 2**30:.1f} GiB",
             ]
         )
@@ -202,6 +202,10 @@ def _main_table(table: Table) -> str:
         f"image of {size}. {said * timed}Memory is what the compiled training step needs."
     )
     return "\n".join(["## Scores and costs", "", text, "", markdown.table(head, rows)])
+
+
+def _rate(value: float) -> str:
+    return f"{value:.0f}" if value >= 10 else f"{value:.1f}"
 
 
 def _spread(values: Sequence[float]) -> str:
