@@ -155,8 +155,8 @@ def _write(workdir: Path, request: Request, plan: plans.Plan, notes: list[str]) 
         *notes,
     ]
     (workdir / RECORD_FILE).write_text(json.dumps(request.record(), indent=1) + "\n")
-    with storage.whole_file(workdir / PLAN_FILE) as partial:  # last: the plan is complete
-        partial.write_text(plans.source_text(plan, "\n".join(notes)))
+    text = plans.source_text(plan, "\n".join(notes))
+    storage.write_whole(workdir / PLAN_FILE, text)  # last: with it the plan is complete
 
 
 def _check_record(workdir: Path, request: Request) -> None:

@@ -120,6 +120,12 @@ def whole_file(path: pathlib.Path) -> Iterator[pathlib.Path]:
         partial.unlink(missing_ok=True)
 
 
+def write_whole(path: pathlib.Path, text: str) -> None:
+    """Writes a text in UTF-8, as a `whole_file`."""
+    with whole_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
 def errors() -> tuple[type[Exception], ...]:
     """What reading and writing may raise."""
     names = [(sys.modules[m], name) for m, name in _ERRORS if m in sys.modules]

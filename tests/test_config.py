@@ -13,8 +13,8 @@ import pytest
 from duc_dlc_jax import cli, sharding
 from duc_dlc_jax import config as config_lib
 from networks import Device
+from repository import ROOT
 
-ROOT = pathlib.Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
 each_config = pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 

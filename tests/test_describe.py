@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import pathlib
 import re
 import subprocess
 import sys
@@ -16,9 +15,8 @@ import pytest
 from duc_dlc_jax import config as config_lib
 from duc_dlc_jax import describe, forecast
 from duc_dlc_jax.models import segmenter
+from repository import ROOT
 from runs import TINY, run, tiny_config
-
-ROOT = pathlib.Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")

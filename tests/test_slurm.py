@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import slurm
 
+from repository import ROOT
 from runs import command, environment, free_port, run_two, saved_state
 
 pytestmark = [
     pytest.mark.slurm,
     pytest.mark.skipif(bool(slurm.missing()), reason=f"Slurm: {slurm.missing()}"),
 ]
-ROOT = pathlib.Path(__file__).parent.parent
 CHANGES = {"train__steps": 40, "train__log_every": 5, "train__checkpoint_every": 5}
 
 

@@ -102,13 +102,13 @@ class Results:
         return path.read_text().strip() if path.exists() and not self.path(run).exists() else ""
 
     def write(self, run: Run, result: dict[str, Any]) -> None:
-        self._put(self.path(run), json.dumps(result, indent=1) + "\n")
+        storage.write_whole(self.path(run), json.dumps(result, indent=1) + "\n")
         self.path(run).with_suffix(".failed").unlink(missing_ok=True)
         shutil.rmtree(self._unfinished(run), ignore_errors=True)
 
     def write_failure(self, run: Run, error: Exception) -> None:
         text = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        self._put(self.path(run).with_suffix(".failed"), text + "\n")
+        storage.write_whole(self.path(run).with_suffix(".failed"), text + "\n")
 
     def failures(self) -> dict[str, str]:
         """Runs that failed and did not end since, and why."""
@@ -116,7 +116,7 @@ class Results:
         return {p.stem: p.read_text().strip() for p in paths if not p.with_suffix(".json").exists()}
 
     def write_grid(self, grid: Grid) -> None:
-        self._put(self.folder.parent / "grid.json", grid.to_json() + "\n")
+        storage.write_whole(self.folder.parent / "grid.json", grid.to_json() + "\n")
 
     def grid(self) -> Grid:
         """Raises FileNotFoundError where nothing was run in the workdir."""
@@ -153,7 +153,3 @@ class Results:
                 f"{path} was run with {changed}; set it so again, remove it, or use another "
                 "--workdir"
             )
-
-    def _put(self, path: Path, text: str) -> None:
-        with storage.whole_file(path) as partial:
-            partial.write_text(text)

@@ -44,8 +44,7 @@ def write_manifest(folder: pathlib.Path) -> dict[str, dict[str, Any]]:
         p for p in folder.iterdir() if p.is_file() and p.name not in (MANIFEST, VERIFIED)
     )
     files = {p.name: {"size": p.stat().st_size, "sha256": sha256(p)} for p in paths}
-    with storage.whole_file(folder / MANIFEST) as partial:
-        partial.write_text(json.dumps(files, indent=1) + "\n")
+    storage.write_whole(folder / MANIFEST, json.dumps(files, indent=1) + "\n")
     return files
 
 
@@ -144,8 +143,7 @@ def _copy(remote: epath.Path, folder: pathlib.Path, files: dict[str, dict[str, A
     with _progress(total, f"records of {remote.parent.name}: MB") as add:
         _in_threads(lambda name: _fetch(remote, folder, name, files[name], add), missing)
     verified |= {n: _stamp(folder / n) for n in missing}
-    with storage.whole_file(folder / VERIFIED) as partial:
-        partial.write_text(json.dumps(verified))
+    storage.write_whole(folder / VERIFIED, json.dumps(verified))
 
 
 def _is_there(path: pathlib.Path, file: dict[str, Any], verified: dict[str, list[int]]) -> bool:
