@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import logging as py_logging
 import os
 import sys
@@ -27,12 +29,14 @@ from duc_dlc_jax.errors import (
 
 # Where a restart helps: STOPPED, 1 (another error) and signals. See docs/clusters.md.
 STOPPED = 75
+DISK_FULL = 4
+_FULL = [os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)]
 EXIT_CODES = {
     config_lib.ConfigError: 2,
     DataError: 2,
     FileNotFoundError: 2,
     NotFinite: 3,
-    CheckpointError: 4,
+    CheckpointError: DISK_FULL,
     MissingProcesses: 5,
     NotEqual: 6,
     Stopped: STOPPED,
@@ -48,8 +52,12 @@ def run(main: Callable) -> None:
         except tuple(EXIT_CODES) as error:
             code = next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind))
             if isinstance(error, CheckpointError):
-                _leave(error, code)
+                _leave(str(error), code)
             fail(error, code)
+        except Exception as error:  # Python's, TensorFlow's and TensorStore's have one text
+            if not any(text in str(error) for text in _FULL):
+                raise
+            _leave(f"{error}; make room, and the same command goes on", DISK_FULL)
 
     logging.set_verbosity(logging.INFO)
     logging.use_python_logging(quiet=True)
@@ -58,14 +66,12 @@ def run(main: Callable) -> None:
     app.run(guarded, flags_parser=_parse)
 
 
-def _leave(error: CheckpointError, code: int) -> NoReturn:
+def _leave(message: str, code: int) -> NoReturn:
     """As `fail`, at once.
 
     Of a save that failed, Orbax's threads wait for each other for minutes, and Python for them.
     """
-    print(f"error: {error}", file=sys.stderr)
-    sys.stdout.flush()
-    sys.stderr.flush()
+    _say(f"error: {message}")
     os._exit(code)
 
 
@@ -83,8 +89,17 @@ def parsed_size(flag: str, text: str) -> tuple[int, int]:
 
 
 def fail(error: Exception, code: int = 2) -> NoReturn:
-    print(str(error) if code == STOPPED else f"error: {error}", file=sys.stderr)
+    _say(str(error) if code == STOPPED else f"error: {error}")
     sys.exit(code)
+
+
+def _say(text: str) -> None:
+    """Prints to stderr; the disk that is full may be the log's, too, and the exit code remains."""
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr)
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
 
 
 def _parse(argv: list[str]) -> list[str]:

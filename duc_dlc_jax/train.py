@@ -8,7 +8,6 @@ step.
 from __future__ import annotations
 
 import contextlib
-import gc
 import json
 import os
 import time
@@ -227,7 +226,7 @@ def device_batches(
             iterator.close()
         if config.data.workers:
             del iterator
-            gc.collect()  # cycles of grain's hold shared memory, which would outlive the process
+            pipeline.free_shared_memory()
 
 
 def _with_names(batches, records, workdir: epath.Path, step: int):

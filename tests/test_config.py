@@ -285,3 +285,32 @@ def test_deterministic_kernels_are_asked_for_by_a_flag_of_xla(monkeypatch):
     config.train.deterministic = True
     cli.use_deterministic_kernels(config)
     assert cli.os.environ["XLA_FLAGS"] == "--xla_dump_to=x --xla_gpu_deterministic_ops=true"
+
+
+# Ends
+
+
+FULL_DISK = """
+    OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "metrics.jsonl"),
+    RuntimeError("events.out; No space left on device"),
+    errors.CheckpointError("cannot be written"),
+"""
+
+
+def test_a_full_disk_ends_with_its_code_also_where_it_holds_the_log():
+    """Each error is raised in a process of its own, whose stderr takes no byte."""
+    program = f"""
+import errno, os
+from duc_dlc_jax import cli, errors
+
+for error in [{FULL_DISK}]:
+    if os.fork() == 0:
+        def main(argv, error=error):
+            raise error
+        cli.run(main)
+    print(os.waitstatus_to_exitcode(os.wait()[1]), flush=True)
+"""
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-c", program]
+        ended = subprocess.run(command, stdout=subprocess.PIPE, stderr=full, text=True, check=True)
+    assert ended.stdout.split() == ["4"] * 3

@@ -237,11 +237,11 @@ def test_a_process_that_does_not_arrive_is_named(scenes_dir, tmp_path):
 
 
 def test_a_full_disk_ends_the_run_and_keeps_the_checkpoints_before(scenes_dir, tmp_path):
-    """Files may not grow beyond 100 kB from some step on; the state has 1.4 MB."""
+    """Files may not grow beyond 400 kB from some step on; the state has larger ones."""
     changes = {"train__steps": 400, "train__checkpoint_every": 2, "train__log_every": 1}
     process = start(command(scenes_dir, tmp_path, **changes), tmp_path)
     wait_for(lambda: (tmp_path / "checkpoints" / "4").is_dir(), process)
-    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (100_000, 100_000))
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (400_000, 400_000))
     assert process.wait(timeout=60) == 4, log(tmp_path)[-3000:]
     assert "a checkpoint cannot be written to" in log(tmp_path)
     kept = [int(p.name) for p in (tmp_path / "checkpoints").glob("[0-9]*") if p.name.isdigit()]

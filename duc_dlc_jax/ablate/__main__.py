@@ -8,7 +8,6 @@ within a run from its last checkpoint, and several at once share the runs among 
 
 from __future__ import annotations
 
-import gc
 import time
 from typing import Any
 
@@ -71,7 +70,6 @@ def train_all(config, runs: list[grid.Run], results: Results, limit: float, weig
                     trainer, current = None, ""  # frees the last one's memory
                     trainer, current = runner.Trainer(own, data), name
                 result = trainer.run(own, results.files(run, weights))
-                gc.collect()  # the last batch, which may lie in the workers' shared memory
             except (RuntimeError, FloatingPointError) as error:  # XLA's errors are RuntimeErrors
                 results.write_failure(run, error)
                 failed.add(run.name)

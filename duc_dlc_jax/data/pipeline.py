@@ -15,6 +15,7 @@ import collections
 import concurrent.futures
 import contextlib
 import functools
+import gc
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -181,8 +182,26 @@ def train_iterator(
         workers = grain.MultiprocessingOptions(
             num_workers=data.workers, per_worker_buffer_size=data.prefetch
         )
-        batches = batches.mp_prefetch(workers)
+        batches = batches.mp_prefetch(workers).map(_copied)
     return iter(batches)
+
+
+def _copied(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The batch out of the memory that workers share, so that nobody else keeps that memory."""
+    return {name: np.array(array) for name, array in batch.items()}
+
+
+def free_shared_memory() -> None:
+    """Frees what closed iterators shared with their workers; it would outlive the process.
+
+    grain holds the last batches in cycles and has a thread to free them, which ends with the
+    process, done or not.
+    """
+    from grain._src.python.ipc import shared_memory_array
+
+    gc.collect()
+    if thread := shared_memory_array.SharedMemoryArray._del_thread_pool:
+        thread.apply(int)  # it takes one after the other
 
 
 def with_record(error: Exception, records: Records) -> Exception:
