@@ -45,7 +45,7 @@ demo: install  ## draw street scenes, train a small network on them, evaluate it
 test: install  ## the fast suite
 	$(PYTEST) -m "not ($(subst $(space), or ,$(MARKS)))" $(PYTEST_ARGS)
 
-test-commands: install  ## fit, surgery and ablate, which train and evaluate
+test-commands: install  ## fit, surgery, ablate and benchmark, which train and evaluate
 	$(PYTEST) -m commands $(PYTEST_ARGS)
 
 test-parity: install  ## the deep and wide networks against PyTorch

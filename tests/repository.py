@@ -1,5 +1,8 @@
 """The files of this checkout."""
 
+import ast
+import contextlib
+import gc
 import pathlib
 import subprocess
 from collections.abc import Iterator
@@ -25,3 +28,16 @@ def tracked_texts() -> Iterator[tuple[pathlib.Path, str]]:
             yield path.relative_to(ROOT), path.read_text("utf-8")
         except UnicodeDecodeError:
             continue  # a picture
+
+
+def parsed(source: str) -> ast.Module:
+    """As `ast.parse`, without the garbage collector.
+
+    What it finds may warn, and pytest writes the warning's traceback with `ast.parse`: inside
+    another one that is a SystemError of Python 3.11.
+    """
+    with contextlib.ExitStack() as stack:
+        if gc.isenabled():
+            gc.disable()
+            stack.callback(gc.enable)
+        return ast.parse(source)

@@ -14,6 +14,8 @@ from duc_dlc_jax.config import ConfigError
 from duc_dlc_jax.data.labels import label_spec
 from duc_dlc_jax.models import segmenter
 
+pytestmark = pytest.mark.commands
+
 UNKNOWN = "xla_of_another_version=true"
 
 

@@ -20,6 +20,8 @@ from duc_dlc_jax.data import builders, photos, transforms
 from duc_dlc_jax.data.records import open_records
 from duc_dlc_jax.data.transforms import Augmentation
 
+pytestmark = pytest.mark.commands
+
 SIZE = (120, 160)
 
 

@@ -4,7 +4,6 @@ import json
 import os
 import pathlib
 import struct
-import subprocess
 import sys
 import zlib
 from typing import Any
@@ -21,7 +20,7 @@ from duc_dlc_jax.data.labels import IGNORE, DataError, LabelSpec, label_spec
 from duc_dlc_jax.data.prepare import count_differences, listed, prepare
 from duc_dlc_jax.data.records import open_records
 from layouts import LAYOUTS, H, W, mask, picture, write
-from runs import WITHOUT_TENSORFLOW
+from runs import run
 
 SHARED = os.environ.get("DUC_DLC_SHARED_DATA", "")
 
@@ -66,7 +65,8 @@ def test_records_are_array_record_with_the_original_jpeg(tmp_path):
 
 
 def test_reading_needs_no_tensorflow(scenes_dir):
-    program = f"""{WITHOUT_TENSORFLOW}
+    program = f"""
+import sys
 from duc_dlc_jax import config
 from duc_dlc_jax.data import labels, pipeline, prepare, records, transforms
 assert "tensorflow_datasets" not in sys.modules and "grain" not in sys.modules
@@ -78,9 +78,7 @@ assert batch["image"].shape == (2, 64, 64, 3)
 assert next(pipeline.eval_examples(records))["name"] == "train_0000"
 assert "tensorflow" not in sys.modules
 """
-    root = pathlib.Path(__file__).parent.parent
-    done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    run([sys.executable, "-c", program])
 
 
 def test_scenes_are_deterministic_and_lossless(scenes_dir):

@@ -13,7 +13,7 @@ import pytest
 from duc_dlc_jax import cli, sharding
 from duc_dlc_jax import config as config_lib
 from networks import Device
-from repository import ROOT
+from repository import ROOT, parsed
 
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
 each_config = pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -170,7 +170,7 @@ def test_each_configuration_loads_and_says_how_it_runs(path):
     config = config_lib.load(str(path))
     config_lib.validate(config)
     text = path.read_text()
-    docstring = ast.get_docstring(ast.parse(text))
+    docstring = ast.get_docstring(parsed(text))
     module = "ablate" if "get_variants" in text else "main"
     command = rf"python -m duc_dlc_jax\.{module} --config=configs/{path.name}(:\w+)? --workdir="
     assert re.search(rf"Command [\w -]*{command}", " ".join(docstring.split()))
@@ -231,7 +231,7 @@ def unread_fields(config, texts: dict[str, str]) -> set[str]:
     """Fields that no code reads: neither `<...>.section.field` nor through a section handed on."""
     read = set()
     for file, text in texts.items():
-        for node in ast.walk(ast.parse(text)):
+        for node in ast.walk(parsed(text)):
             if not isinstance(node, ast.Attribute) or not isinstance(node.ctx, ast.Load):
                 continue
             owner = node.value

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import re
-import subprocess
+import shutil
 import sys
 
 import jax
@@ -15,14 +15,21 @@ from duc_dlc_jax import evaluate, protocols, sharding, submit, workdirs
 from duc_dlc_jax.data import pipeline
 from duc_dlc_jax.data.records import open_records
 from duc_dlc_jax.train import train
-from runs import WITHOUT_TENSORFLOW, command, environment, run, saved_state, tiny_config
+from runs import command, run, saved_state, tiny_config
+
+EMA = 0.9
+
+
+def averaging(scenes_dir):
+    """The configuration that these runs have in common: they compile one step."""
+    return tiny_config(scenes_dir, optimizer__ema_decay=EMA)
 
 
 @pytest.fixture(scope="module")
 def trained(scenes_dir, tmp_path_factory):
     """(workdir, scores) of six steps without a break."""
     workdir = tmp_path_factory.mktemp("run")
-    return workdir, train(tiny_config(scenes_dir), workdir)
+    return workdir, train(averaging(scenes_dir), workdir)
 
 
 class Killed(BaseException):
@@ -65,43 +72,48 @@ def test_workdir_holds_what_the_docs_say(trained):
 
 def test_every_pixel_is_counted_once(trained, scenes_dir):
     _, scores = trained
-    records = open_records(tiny_config(scenes_dir).data, "val")
+    records = open_records(averaging(scenes_dir).data, "val")
     valid = sum((records[i]["label"] != 255).sum() for i in range(len(records)))
     assert scores["matrix"].sum() == valid
     assert scores["images"] == len(records) == 40
 
 
-def test_interrupted_run_equals_the_uninterrupted_bit_for_bit(
-    trained, scenes_dir, tmp_path, monkeypatch
-):
-    with monkeypatch.context() as patch:
+@pytest.fixture(scope="module")
+def interrupted(scenes_dir, tmp_path_factory):
+    """The workdir of a run that ended after five of its six steps."""
+    workdir = tmp_path_factory.mktemp("interrupted")
+    with pytest.MonkeyPatch.context() as patch:
         interrupt_after(patch, 5)
         with pytest.raises(Killed):
-            train(tiny_config(scenes_dir), tmp_path)
-    scores = train(tiny_config(scenes_dir), tmp_path)
-    assert_same_state(saved_state(tmp_path, 6), saved_state(trained[0], 6))
+            train(averaging(scenes_dir), workdir)
+    return workdir
+
+
+def test_interrupted_run_equals_the_uninterrupted_bit_for_bit(
+    trained, interrupted, scenes_dir, tmp_path
+):
+    workdir = shutil.copytree(interrupted, tmp_path / "run")
+    scores = train(averaging(scenes_dir), workdir)
+    assert_same_state(saved_state(workdir, 6), saved_state(trained[0], 6))
     np.testing.assert_array_equal(scores["matrix"], trained[1]["matrix"])
 
 
-def test_planted_fault_iterator_restarted(trained, scenes_dir, tmp_path, monkeypatch):
+def test_planted_fault_iterator_restarted(trained, interrupted, scenes_dir, tmp_path, monkeypatch):
     """A resumed run that reads its data from the beginning again ends elsewhere."""
-    with monkeypatch.context() as patch:
-        interrupt_after(patch, 5)
-        with pytest.raises(Killed):
-            train(tiny_config(scenes_dir), tmp_path)
+    workdir = shutil.copytree(interrupted, tmp_path / "run")
     original = pipeline.train_iterator
     monkeypatch.setattr(
         pipeline, "train_iterator", lambda *a, **k: original(*a, **(k | {"start_step": 0}))
     )
-    train(tiny_config(scenes_dir), tmp_path)
+    train(averaging(scenes_dir), workdir)
     with pytest.raises(AssertionError):
-        assert_same_state(saved_state(tmp_path, 6), saved_state(trained[0], 6))
+        assert_same_state(saved_state(workdir, 6), saved_state(trained[0], 6))
 
 
 def test_finished_run_started_again_only_evaluates(trained, scenes_dir, capfd):
     workdir, scores = trained
     before = saved_state(workdir, 6)
-    again = train(tiny_config(scenes_dir), workdir)
+    again = train(averaging(scenes_dir), workdir)
     assert_same_state(before, saved_state(workdir, 6))
     assert again["mIoU"] == scores["mIoU"]
     assert "step 6/6" not in capfd.readouterr().err
@@ -121,7 +133,7 @@ def test_a_loss_that_is_not_finite_stops_before_saving(scenes_dir, tmp_path, mon
 
     monkeypatch.setattr(sharding, "jit_train_step", broken)
     with pytest.raises(FloatingPointError, match=r"optimizer\.learning_rate"):
-        train(tiny_config(scenes_dir), tmp_path)
+        train(averaging(scenes_dir), tmp_path)
     assert not list((tmp_path / "checkpoints").glob("[0-9]*"))
 
 
@@ -240,7 +252,7 @@ def test_predictions_of_a_split_become_an_archive(trained, tmp_path):
 def test_predict_command(trained, scenes_dir, tmp_path):
     """Scenes labelled as `evaluate` does, to the pixel; a broken file is named at the end."""
     loaded = workdirs.load(trained[0])
-    records = open_records(tiny_config(scenes_dir).data, "val")
+    records = open_records(averaging(scenes_dir).data, "val")
     images = tmp_path / "images"
     (images / "deep").mkdir(parents=True)
     for i in range(3):
@@ -274,27 +286,18 @@ def test_checkpoints_can_be_named(trained):
 
 def test_trains_without_tensorflow(scenes_dir, tmp_path):
     """JSON lines and one warning instead of TensorBoard events."""
-    program = f"""{WITHOUT_TENSORFLOW}
-import runpy
-sys.argv = {command(scenes_dir, tmp_path)[2:]!r}
-runpy.run_module("duc_dlc_jax.main", run_name="__main__")
-"""
-    result = subprocess.run(
-        [sys.executable, "-c", program], env=environment(), capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stderr[-4000:]
+    result = run(command(scenes_dir, tmp_path, optimizer__ema_decay=EMA), tensorflow=False)
     assert result.stderr.count("no TensorBoard events") == 1
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 4
     assert not list(tmp_path.glob("events*"))
 
 
-def test_average_is_kept_and_evaluated(scenes_dir, tmp_path):
-    train(tiny_config(scenes_dir, optimizer__ema_decay=0.9, train__steps=2), tmp_path)
-    state = saved_state(tmp_path, 2)
+def test_the_average_is_kept_and_evaluated(trained):
+    state = saved_state(trained[0], 6)
     name = "['classifier']['kernel']"
     average, last = state[f"['ema']['params']{name}"], state[f"['params']{name}"]
     assert not np.array_equal(average, last)
-    loaded = workdirs.load(tmp_path)
+    loaded = workdirs.load(trained[0], "6")
     np.testing.assert_array_equal(loaded.variables["params"]["classifier"]["kernel"], average)
     statistics = loaded.variables["batch_stats"]["backbone"]["bn1"]["mean"]
     np.testing.assert_array_equal(

@@ -24,6 +24,7 @@ from duc_dlc_jax.export import __main__ as command
 from duc_dlc_jax.export import bundle as bundles
 from duc_dlc_jax.export import folding, manifest, runtimes
 from networks import NARROW
+from repository import parsed
 from runs import environment, untrained_workdir
 
 pytest.importorskip("onnxruntime", reason="the export extra is not installed")
@@ -75,7 +76,7 @@ BAD = {
 
 @pytest.mark.parametrize("name", PYTHON)
 def test_imports_are_those_that_are_said(name):
-    tree = ast.parse((EXAMPLES / f"{name}.py").read_text())
+    tree = parsed((EXAMPLES / f"{name}.py").read_text())
     imported = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):

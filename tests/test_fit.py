@@ -285,7 +285,7 @@ def test_plan_only_writes_nothing(two, tmp_path):
 def test_prepare_alone(two, tmp_path):
     module = [sys.executable, "-m", "duc_dlc_jax.data.prepare", f"--data_dir={tmp_path}"]
     folder = [f"--images={two.images}", f"--labels={two.labels}"]
-    printed = run([*module, "--dataset=mine", *folder]).stdout
+    printed = run([*module, "--dataset=mine", *folder], tensorflow=True).stdout
     assert " train, " in printed
     assert "8 of 8" in printed
     refused = run([*module, "--dataset=camvid", *folder], check=False)

@@ -98,7 +98,7 @@ def test_save_kill_resume_evaluate(scheme, s3, request, data, scenes_dir, straig
     """Killed while it saves step 4 or just after; the rest equals the run on a disk bit for bit."""
     store = s3 if scheme == "s3" else request.getfixturevalue("gcs")
     workdir = url(store, "run")
-    env = store.env | {"DUC_DLC_CACHE": str(tmp_path / "cache")}
+    env = store.env | {"DUC_DLC_CACHE": str(tmp_path / "cache"), "tensorflow": True}
     if scheme == "s3":
         env["JAX_COMPILATION_CACHE_DIR"] = ""  # beside the checkpoints
     arguments = command(data if scheme == "s3" else scenes_dir, workdir, **STEPS)

@@ -173,7 +173,7 @@ SLOW_TO_FREE = """
 import time
 from grain._src.python.ipc import shared_memory_array
 free = shared_memory_array._del_shm
-shared_memory_array._del_shm = lambda *args, **named: (time.sleep(0.05), free(*args, **named))
+shared_memory_array._del_shm = lambda *args, **named: (time.sleep(0.01), free(*args, **named))
 """
 
 

@@ -11,7 +11,7 @@ import sys
 import tomllib
 
 import duc_dlc_jax
-from repository import ROOT, tracked_files, tracked_texts
+from repository import ROOT, parsed, tracked_files, tracked_texts
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 EXTRAS = PROJECT["project"]["optional-dependencies"]
@@ -68,7 +68,7 @@ def test_every_import_is_declared():
     for path in sorted((ROOT / "duc_dlc_jax").rglob("*.py")):
         extra = EXTRAS_BY_FILE.get(path.relative_to(ROOT).as_posix())
         declared = required | {canonical(d) for d in EXTRAS.get(extra, ())}
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(parsed(path.read_text())):
             if isinstance(node, ast.Import):
                 modules = [alias.name for alias in node.names]
             elif isinstance(node, ast.ImportFrom) and not node.level:

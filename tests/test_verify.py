@@ -7,7 +7,6 @@ import os
 import pathlib
 import re
 import shutil
-import subprocess
 import sys
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +19,7 @@ import layouts
 from duc_dlc_jax.data import builders, codec, verify
 from duc_dlc_jax.data.labels import IGNORE, DataError, label_spec
 from layouts import H, W, mask, picture, write
-from runs import WITHOUT_TENSORFLOW
+from runs import run
 
 SHARED = os.environ.get("DUC_DLC_SHARED_DATA", "")
 
@@ -77,13 +76,8 @@ def test_the_command_names_all_and_ends_with_2_without_tensorflow(tmp_path, data
     expected = spoiled(tmp_path / "raw")
     flags = ["--dataset=camvid", f"--raw_dir={tmp_path / 'raw'}", f"--data_dir={data_dir}"]
     flags.append(f"--json={tmp_path / 'report.json'}")
-    program = f"""{WITHOUT_TENSORFLOW}
-import runpy
-sys.argv = ["verify", *{flags!r}]
-runpy.run_module("duc_dlc_jax.data.verify", run_name="__main__")
-"""
-    root = pathlib.Path(__file__).parent.parent
-    done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True)
+    program = [sys.executable, "-m", "duc_dlc_jax.data.verify", *flags]
+    done = run(program, check=False, tensorflow=False)
     assert done.returncode == 2, done.stderr
     assert done.stderr.endswith("error: 6 problem(s) in 6 file(s), listed above\n")
     for path in set.union(*expected.values()):
