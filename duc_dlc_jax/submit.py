@@ -40,11 +40,14 @@ FORMATS = {
 }
 
 
-def write_archive(path: Path, spec: LabelSpec, examples: Iterable[dict[str, Any]]) -> int:
-    """Writes {name, prediction: train ids uint8 [H, W]} as `spec.submission_ids`; returns how many.
+def write_archive(
+    path: Path, spec: LabelSpec, examples: Iterable[dict[str, Any]], count: int
+) -> None:
+    """Writes {name, prediction: train ids uint8 [H, W]} of `count` images as `spec.submission_ids`.
 
-    Raises ConfigError for a data set without a submission format, DataError for names that its
-    server would not understand and where the archive, read back, is not what was to be written.
+    Raises ConfigError for a data set without a submission format, DataError for another number of
+    images, for names that its server would not understand and where the archive, read back, is not
+    what was to be written.
     """
     if spec.name not in FORMATS:
         raise ConfigError(
@@ -62,8 +65,9 @@ def write_archive(path: Path, spec: LabelSpec, examples: Iterable[dict[str, Any]
                 buffer = io.BytesIO()
                 Image.fromarray(ids[example["prediction"]]).save(buffer, "PNG")
                 archive.writestr(file, buffer.getvalue())
+        if len(sizes) != count:
+            raise DataError(f"{path}: {len(sizes)} predictions for {count} images")
         check_archive(partial, spec, sizes)
-    return len(sizes)
 
 
 def _file_name(form: Format, name: str) -> str:
@@ -101,10 +105,8 @@ def main(_) -> None:
     protocol = protocols.Protocol.from_config(config).planned(records.sizes())
     evaluator = Evaluator(run.model, run.spec, config.eval.batch_size, protocol)
     predictions = evaluator.predictions(run.variables, pipeline.eval_examples(records))
-    count = write_archive(output, run.spec, predictions)
-    if count != len(records):
-        raise DataError(f"{args.output} has {count} predictions for {len(records)} images")
-    print(f"{count} images of {args.split} in {args.output}, checked; {protocol.sentence()}")
+    write_archive(output, run.spec, predictions, len(records))
+    print(f"{len(records)} images of {args.split} in {args.output}, checked; {protocol.sentence()}")
 
 
 if __name__ == "__main__":

@@ -142,7 +142,7 @@ measure_layers() {
 
 # Without CUDA graphs, in which the profile would not see single kernels.
 measure_step() {
-  local way ways=() wanted="${WAYS:-eager,compile}"
+  local way ways=() wanted="${WAYS:-}"
   for way in ${wanted//,/ }; do ways+=("--ways=$way"); done
   XLA_FLAGS="--xla_gpu_enable_command_buffer= ${XLA_FLAGS:-}" benchmark --peer=torch \
     --what=train,infer --size=1024x2048 --profile --rounds=3 --json="$1/step.json" "${ways[@]}"

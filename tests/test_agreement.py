@@ -55,7 +55,7 @@ def test_cityscapes_equals_cityscapesscripts(official, tmp_path, classes):
         Image.fromarray(raw).save(masks[-1])
         labels.append(label)
         examples.append({"name": name, "prediction": prediction})
-    submit.write_archive(tmp_path / "results.zip", spec, examples)
+    submit.write_archive(tmp_path / "results.zip", spec, examples, len(examples))
     with zipfile.ZipFile(tmp_path / "results.zip") as archive:
         archive.extractall(tmp_path / "results")
 

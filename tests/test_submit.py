@@ -29,7 +29,7 @@ def read(path):
 def test_cityscapes_archive_holds_label_ids(tmp_path):
     spec, path = label_spec("cityscapes"), tmp_path / "out" / "cityscapes.zip"
     names = ["berlin_000000_000019", "bielefeld/bielefeld_000000_012345"]
-    assert submit.write_archive(path, spec, examples(names, 19)) == 2
+    submit.write_archive(path, spec, examples(names, 19), 2)
     files = read(path)
     assert sorted(files) == [
         "berlin_000000_000019_labelIds.png",
@@ -46,7 +46,7 @@ def test_cityscapes_archive_holds_label_ids(tmp_path):
 def test_ade20k_archive_holds_1_to_150(tmp_path):
     path = tmp_path / "ade20k.zip"
     names = [f"ADE_test_{i:08d}" for i in range(1, 30)]
-    submit.write_archive(path, label_spec("ade20k"), examples(names, 150, (12, 20)))
+    submit.write_archive(path, label_spec("ade20k"), examples(names, 150, (12, 20)), 29)
     files = read(path)
     assert sorted(files) == [f"{name}.png" for name in names]
     assert set(np.unique(np.stack(list(files.values())))) == set(range(1, 151))
@@ -54,7 +54,7 @@ def test_ade20k_archive_holds_1_to_150(tmp_path):
 
 def test_other_data_sets_have_no_archive(tmp_path):
     with pytest.raises(ConfigError, match=r"data set 'camvid'; there are: cityscapes, ade20k"):
-        submit.write_archive(tmp_path / "x.zip", label_spec("camvid"), [])
+        submit.write_archive(tmp_path / "x.zip", label_spec("camvid"), [], 0)
     assert not list(tmp_path.iterdir())
 
 
@@ -63,12 +63,14 @@ def test_other_data_sets_have_no_archive(tmp_path):
     [
         (["berlin_19"], r"record 'berlin_19' has no name of the benchmark"),
         (["berlin_000000_000019"] * 2, "two records are named berlin_000000_000019"),
+        (["berlin_000000_000019"], r"x\.zip: 1 predictions for 2 images"),
     ],
 )
-def test_names_that_the_server_would_not_understand(tmp_path, names, message):
+def test_what_the_server_would_refuse_gets_no_archive(tmp_path, names, message):
+    spec = label_spec("cityscapes")
     with pytest.raises(DataError, match=message):
-        submit.write_archive(tmp_path / "x.zip", label_spec("cityscapes"), examples(names, 19))
-    assert not (tmp_path / "x.zip").exists()
+        submit.write_archive(tmp_path / "x.zip", spec, examples(names, 19), 2)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
