@@ -96,10 +96,7 @@ def evaluations(workdir) -> dict[int, float]:
 
 
 def test_killed_demo_equals_the_uninterrupted_demo(scenes_dir, tmp_path):
-    """Killed in the middle of epochs while worker processes hold batches ahead.
-
-    The one kill beside TensorFlow, which writes TensorBoard's events.
-    """
+    """Killed in the middle of epochs while worker processes hold batches ahead."""
     changes = {name.replace(".", "__"): value for name, value in DEMO.items()}
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     run(command(scenes_dir, straight, **changes))
@@ -118,9 +115,8 @@ def test_a_run_killed_at_20_points_equals_the_uninterrupted_one(scenes_dir, tmp_
     program = pathlib.Path(__file__).parent / "killed_runs.py"
     killed, straight = tmp_path / "killed", tmp_path / "straight"
     arguments = [sys.executable, str(program), str(scenes_dir)]
-    report = json.loads(
-        run([*arguments, str(killed), "20", "0"], timeout=900).stdout.splitlines()[-1]
-    )
+    ended = run([*arguments, str(killed), "20", "0"], timeout=900, tensorflow=True)
+    report = json.loads(ended.stdout.splitlines()[-1])
     trials = report["trials"]
     assert [one["kind"] for one in trials] == ["step", "save", "delete", "save"] * 5
     assert report["end"] == "finished"
@@ -132,7 +128,7 @@ def test_a_run_killed_at_20_points_equals_the_uninterrupted_one(scenes_dir, tmp_
     print(f"{len(in_save)} unfinished saves, {len(in_delete)} unfinished deletions")
     assert len(in_save) >= 5
     assert len(in_delete) >= 3
-    run([*arguments, str(straight), "0", "0"])
+    run([*arguments, str(straight), "0", "0"], tensorflow=True)
     assert_same_state(straight, killed, KILLED_STEPS)
 
 
