@@ -48,14 +48,18 @@ class Job:
         return dict(word.split("=", 1) for word in words if "=" in word)
 
     def wait_until(self, condition, seconds=420):
-        """Until `condition(state)`; a requeued job need not sit out Slurm's two minutes."""
+        """Until `condition(state)`; a requeued job need not sit out Slurm's two minutes.
+
+        But its old script has to be gone: the end of that one, reported late, would end the new.
+        """
         deadline = time.monotonic() + seconds
         while not condition(state := self.state()):
             over = state["JobState"] in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT")
             if over or time.monotonic() > deadline:
                 log = self.log.read_text()[-8000:] if self.log.exists() else "no log"
                 pytest.fail(f"not reached: {state}\n{log}")
-            if state["JobState"] == "PENDING" and state["Reason"] == "BeginTime":
+            waiting = state["JobState"] == "PENDING" and state["Reason"] == "BeginTime"
+            if waiting and not slurm.steps(self.number):
                 change = f"JobId={self.number} StartTime=now".split()
                 slurm.output(["scontrol", "update", *change], self.env)
             time.sleep(0.3)
