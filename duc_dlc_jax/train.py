@@ -215,17 +215,25 @@ def device_batches(
         process_index=index,
         process_count=count_of_shares,
     )
+    # What workers share is given back at the end; of arrays on CPUs JAX may hold it longer.
+    shared = config.data.workers and mesh.devices.flat[0].platform == "cpu"
+    taken = np.array if shared else np.asarray
+
+    def placed(batch):
+        local = {name: taken(batch[name]) for name in names}
+        return sharding.to_devices(local, mesh), np.array(batch["record"])
+
+    batch = None
     try:
         for batch in iterator:
-            local = {name: batch[name] for name in names}
-            yield sharding.to_devices(local, mesh), batch["record"]
+            yield placed(batch)
     except RuntimeError as error:
         raise pipeline.with_record(error, records) from error
     finally:
         if hasattr(iterator, "close"):
             iterator.close()
         if config.data.workers:
-            del iterator
+            del batch, iterator
             pipeline.free_shared_memory()
 
 

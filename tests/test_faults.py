@@ -161,6 +161,7 @@ def test_sigterm_saves_and_the_next_start_goes_on(scenes_dir, straight, tmp_path
             subprocess.run(["kill", "-TERM", pid], check=False)
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=200) == 75, log(tmp_path)[-3000:]
+    assert "leaked shared_memory" not in log(tmp_path)
     (step,) = [
         int(line.split("step ")[1].split()[0])
         for line in log(tmp_path).splitlines()

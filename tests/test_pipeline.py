@@ -194,7 +194,7 @@ if __name__ == "__main__":
             iterator = pipeline.train_iterator(data, val, **OPTIONS)
             iterator.set_state(state)
     iterator.close()
-    del iterator  # and `found` stays
+    del iterator, found
     pipeline.free_shared_memory()
 """
     run_program(scenes_dir, tmp_path, SLOW_TO_FREE + program)

@@ -182,20 +182,15 @@ def train_iterator(
         workers = grain.MultiprocessingOptions(
             num_workers=data.workers, per_worker_buffer_size=data.prefetch
         )
-        batches = batches.mp_prefetch(workers).map(_copied)
+        batches = batches.mp_prefetch(workers)
     return iter(batches)
 
 
-def _copied(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The batch out of the memory that workers share, so that nobody else keeps that memory."""
-    return {name: np.array(array) for name, array in batch.items()}
-
-
 def free_shared_memory() -> None:
-    """Frees what closed iterators shared with their workers; it would outlive the process.
+    """Frees what closed iterators shared with their workers, where nobody else holds a batch.
 
-    grain holds the last batches in cycles and has a thread to free them, which ends with the
-    process, done or not.
+    It would outlive the process: grain keeps the last batches in cycles, and has a thread to free
+    them, which ends with the process, done or not.
     """
     from grain._src.python.ipc import shared_memory_array
 
