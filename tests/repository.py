@@ -1,7 +1,6 @@
 """The files of this checkout."""
 
 import ast
-import contextlib
 import gc
 import pathlib
 import subprocess
@@ -36,8 +35,8 @@ def parsed(source: str) -> ast.Module:
     What it finds may warn, and pytest writes the warning's traceback with `ast.parse`: inside
     another one that is a SystemError of Python 3.11.
     """
-    with contextlib.ExitStack() as stack:
-        if gc.isenabled():
-            gc.disable()
-            stack.callback(gc.enable)
+    gc.disable()
+    try:
         return ast.parse(source)
+    finally:
+        gc.enable()

@@ -92,16 +92,6 @@ def cluster(folder: pathlib.Path):
             process.kill()
 
 
-def steps(job: str) -> list[str]:
-    """The ids of Slurm's processes that look after the steps of a job, its script among them."""
-    found, title = [], f"slurmstepd: [{job}.".encode()
-    for line in pathlib.Path("/proc").glob("[0-9]*/cmdline"):
-        with contextlib.suppress(OSError):  # it has ended
-            if line.read_bytes().startswith(title):
-                found.append(line.parent.name)
-    return found
-
-
 def output(command, env) -> str:
     result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
     return result.stdout + result.stderr

@@ -78,7 +78,7 @@ assert batch["image"].shape == (2, 64, 64, 3)
 assert next(pipeline.eval_examples(records))["name"] == "train_0000"
 assert "tensorflow" not in sys.modules
 """
-    run([sys.executable, "-c", program])
+    run([sys.executable, "-c", program], tensorflow=False)
 
 
 def test_scenes_are_deterministic_and_lossless(scenes_dir):

@@ -50,7 +50,7 @@ class Job:
     def wait_until(self, condition, seconds=420):
         """Until `condition(state)`; a requeued job need not sit out Slurm's two minutes.
 
-        But its old script has to be gone: the end of that one, reported late, would end the new.
+        But two seconds: a start in the second of the kill gets "Job credential revoked".
         """
         deadline = time.monotonic() + seconds
         while not condition(state := self.state()):
@@ -58,8 +58,8 @@ class Job:
             if over or time.monotonic() > deadline:
                 log = self.log.read_text()[-8000:] if self.log.exists() else "no log"
                 pytest.fail(f"not reached: {state}\n{log}")
-            waiting = state["JobState"] == "PENDING" and state["Reason"] == "BeginTime"
-            if waiting and not slurm.steps(self.number):
+            if state["JobState"] == "PENDING" and state["Reason"] == "BeginTime":
+                time.sleep(2)
                 change = f"JobId={self.number} StartTime=now".split()
                 slurm.output(["scontrol", "update", *change], self.env)
             time.sleep(0.3)
