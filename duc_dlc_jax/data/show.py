@@ -76,8 +76,9 @@ def crops(
     config: ml_collections.ConfigDict, records: Records, images: int, seed: int
 ) -> list[Cell]:
     """Takes the first crops that training with this seed sees, whatever its batch size."""
-    batches = pipeline.train_iterator(config.data, records, seed=seed, batch_size=images, steps=1)
-    batch = next(batches)
+    data = config.data.copy_and_resolve_references()
+    data.workers = 0  # the same crops; processes would take longer to start than one batch takes
+    batch = next(pipeline.train_iterator(data, records, seed=seed, batch_size=images, steps=1))
     cells = []
     for image, label, record in zip(batch["image"], batch["label"], batch["record"], strict=True):
         name = records.name(int(record))
