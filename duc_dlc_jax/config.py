@@ -80,6 +80,7 @@ def default() -> ml_collections.ConfigDict:
     c.data.threads = 2  # reading threads per process
     c.data.prefetch = 2  # batches kept ready
     c.data.in_memory = False  # keep decoded images; for sets that fit
+    c.data.on_device = False  # keep them on every device, which cuts the crops; for small sets
 
     c.model = ml_collections.ConfigDict()
     c.model.depth = 50  # 50, 101, 152, 269; 14 and 26 are small variants for tests and the demo
@@ -241,6 +242,14 @@ def validate(config: ml_collections.ConfigDict) -> None:
             f"data.scale_max={values['data.scale_max']} is below "
             f"data.scale_min={values['data.scale_min']}"
         )
+    if values["data.on_device"]:
+        for name in ("blur_probability", "rotate_degrees", "photometric_probability"):
+            if values[f"data.{name}"]:
+                raise ConfigError(
+                    f"data.{name}={values[f'data.{name}']} and data.on_device are both set: "
+                    "devices resize, flip, pad and cut, no more. Use data.on_device=False with "
+                    "data.in_memory or data.workers"
+                )
     if values["init.weights"] and values["init.checkpoint"]:
         raise ConfigError("init.weights and init.checkpoint are both set: keep one of them")
     if values["train.accumulate"] > 1 and values["loss.ohem_threshold"]:

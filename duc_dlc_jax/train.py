@@ -34,7 +34,7 @@ from duc_dlc_jax import (
 )
 from duc_dlc_jax import config as config_lib
 from duc_dlc_jax import optimizer as optimizers
-from duc_dlc_jax.data import pipeline
+from duc_dlc_jax.data import pipeline, resident
 from duc_dlc_jax.data.labels import LabelSpec
 from duc_dlc_jax.data.records import open_records
 from duc_dlc_jax.errors import Stopped
@@ -205,6 +205,13 @@ def device_batches(
     names += ["valid"] if config.model.bn_padding == "masked" else []
     names += ["bad"] if config.data.bad_records == "mask" else []
     index, count_of_shares = sharding.share(mesh)
+    if config.data.on_device:
+        steps, size = range(start, start + count), config.train.batch_size
+        share = index, count_of_shares
+        positions = pipeline.Positions(config.data, records, config.seed, size, steps, *share)
+        for cut, indices in resident.batches(config.data, records, positions, mesh):
+            yield {name: cut[name] for name in names}, indices
+        return
     iterator = pipeline.train_iterator(
         config.data,
         records,

@@ -35,7 +35,7 @@ def largest_difference(first, second):
 )
 def test_two_processes_equal_one(scenes_dir, tmp_path, dtype, tolerance, mode, space):
     changes = {"train__steps": 2, "model__dtype": dtype, "optimizer__learning_rate": 1e-3}
-    changes |= {"eval__mode": mode, "eval__crop_size": 160}
+    changes |= {"eval__mode": mode, "eval__crop_size": 160, "data__on_device": space > 1}
     one, two = tmp_path / "one", tmp_path / "two"
     result = run(command(scenes_dir, one, **changes), devices=4)
     assert ", 4 cpu device(s)" in result.stderr
@@ -49,8 +49,8 @@ def test_two_processes_equal_one(scenes_dir, tmp_path, dtype, tolerance, mode, s
 
 
 def test_two_processes_resume_as_one(scenes_dir, tmp_path):
-    """A run saved by two processes goes on in one, reading the records that come next."""
-    changes = {"train__steps": 4, "optimizer__learning_rate": 1e-3}
+    """A run saved by two processes goes on in one, with the crops that come next."""
+    changes = {"train__steps": 4, "optimizer__learning_rate": 1e-3, "data__on_device": True}
     whole, moved = tmp_path / "whole", tmp_path / "moved"
     run(command(scenes_dir, whole, **changes), devices=4)
     run_two(scenes_dir, moved, **changes)

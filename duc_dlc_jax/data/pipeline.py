@@ -14,6 +14,7 @@ from __future__ import annotations
 import collections
 import concurrent.futures
 import contextlib
+import dataclasses
 import functools
 import gc
 from collections.abc import Iterator
@@ -32,33 +33,80 @@ if TYPE_CHECKING:
     import grain  # imported where used: 2 s
 
 
-class _Positions:
-    """This process's rows of all steps, in order: what grain reads by index."""
+@dataclasses.dataclass(frozen=True)
+class Draw:
+    """What a row of a batch shows: a crop of a record, drawn from `rng`, that holds `focus`."""
 
-    def __init__(self, records, data, seed, batch_size, steps, process_index, process_count):
-        self._records, self._augmentation = records, Augmentation.from_config(data)
-        self._seed, self._mask_bad = seed, data.bad_records == "mask"
-        self._batch, self._rows = batch_size, batch_size // process_count
-        self._steps, self._first_row = steps, process_index * self._rows
+    record: int
+    rng: np.random.Generator
+    focus: tuple[int, int] | None  # (y, x) in pixels; None: any crop
+
+
+class Positions:
+    """This process's rows of the batches of the steps `steps`, in order.
+
+    data: `config.data`. Process p has the rows [p B / P, (p + 1) B / P) of each batch of B. Raises
+    ConfigError where the batch does not divide, or the split has no labels or no images.
+    """
+
+    def __init__(
+        self,
+        data: Any,
+        records: Records,
+        seed: int,
+        batch_size: int,
+        steps: range,
+        process_index: int = 0,
+        process_count: int = 1,
+    ):
+        if batch_size < 1 or batch_size % process_count:
+            raise ConfigError(
+                f"train.batch_size = {batch_size} is not divisible by {process_count} processes: "
+                f"{batch_size} = {process_count} x {batch_size // process_count} + "
+                f"{batch_size % process_count}"
+            )
+        if not len(records) or not records.labelled:
+            raise ConfigError(
+                f"split {records.split!r} of {records.folder} has {len(records)} images"
+                f"{'' if records.labelled else ' without labels'}: it cannot train; set "
+                "data.train_split to another"
+            )
+        self.rows = batch_size // process_count
+        self._count, self._seed, self._batch, self._steps = len(records), seed, batch_size, steps
+        self._first_row = process_index * self.rows
         share = data.class_uniform_share
         self._by_class = ClassUniform(records.class_points(), share, seed) if share else None
 
     def __len__(self) -> int:
-        return len(self._steps) * self._rows
+        return len(self._steps) * self.rows
 
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        index = int(index)
-        step = self._steps[index // self._rows]
-        position = step * self._batch + self._first_row + index % self._rows
-        epoch, offset = divmod(position, len(self._records))
-        record, focus = int(permutation(self._seed, epoch, len(self._records))[offset]), None
+    def __getitem__(self, index: int) -> Draw:
+        step = self._steps[index // self.rows]
+        position = step * self._batch + self._first_row + index % self.rows
+        epoch, offset = divmod(position, self._count)
+        record, focus = int(permutation(self._seed, epoch, self._count)[offset]), None
         keys = [self._seed, epoch, record]
         if self._by_class and (drawn := self._by_class.draw(position)):
             record, focus = drawn
             keys = [self._seed, epoch, record, position]
-        return self._crop(record, np.random.default_rng(keys), focus)
+        return Draw(record, np.random.default_rng(keys), focus)
 
-    def _crop(self, record: int, rng, focus) -> dict[str, np.ndarray]:
+
+class _Crops:
+    """The crops of `Positions`: what grain reads by index."""
+
+    def __init__(self, positions: Positions, records: Records, data: Any):
+        self._positions, self._records = positions, records
+        self._augmentation = Augmentation.from_config(data)
+        self._mask_bad = data.bad_records == "mask"
+
+    def __len__(self) -> int:
+        return len(self._positions)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        draw = self._positions[int(index)]
+        record = draw.record
+
         def row(image, label, valid, bad: bool) -> dict[str, np.ndarray]:
             named = {"image": image, "label": label, "valid": valid}
             return named | {"record": np.array(record, np.int32), "bad": np.array(bad)}
@@ -71,7 +119,8 @@ class _Positions:
         try:
             with in_flight.reading(record) if in_flight else contextlib.nullcontext():
                 size = self._records.size(record)
-                return row(*train_transform(read, size, rng, self._augmentation, focus), bad=False)
+                crop = train_transform(read, size, draw.rng, self._augmentation, draw.focus)
+                return row(*crop, bad=False)
         except Exception as error:
             if not isinstance(error, RecordError):
                 where = f"record {record} of {self._records.folder}, {self._records.split}"
@@ -144,32 +193,13 @@ def train_iterator(
       RecordError: from `next`: a record that cannot be read or cropped; names it.
       ConfigError: the batch does not divide, or the split has no labels or no images.
     """
-    if batch_size < 1 or batch_size % process_count:
-        raise ConfigError(
-            f"train.batch_size = {batch_size} is not divisible by {process_count} processes: "
-            f"{batch_size} = {process_count} x {batch_size // process_count} + "
-            f"{batch_size % process_count}"
-        )
-    if not len(records) or not records.labelled:
-        raise ConfigError(
-            f"split {records.split!r} of {records.folder} has {len(records)} images"
-            f"{'' if records.labelled else ' without labels'}: it cannot train; set "
-            "data.train_split to another"
-        )
     import grain
 
-    positions = _Positions(
-        records,
-        data,
-        seed,
-        batch_size,
-        range(start_step, steps),
-        process_index,
-        process_count,
-    )
-    local = batch_size // process_count
+    steps_left = range(start_step, steps)
+    positions = Positions(data, records, seed, batch_size, steps_left, process_index, process_count)
     # Batched before it is split among workers, so that a batch is one element of grain's order.
-    batches = grain.MapDataset.source(positions).batch(local)
+    crops = _Crops(positions, records, data)
+    batches = grain.MapDataset.source(crops).batch(positions.rows)
     batches = batches.to_iter_dataset(
         grain.ReadOptions(
             num_threads=data.threads, prefetch_buffer_size=max(data.prefetch, data.threads)

@@ -182,7 +182,7 @@ def cut(
     """Samples one crop; image and label as in `train_transform`."""
     flip = config.flip if geometry.flipped else "none"
     x, y = source_points(shape, geometry, config.crop, flip)
-    shrink = config.antialias and geometry.height < shape[0]
+    shrink = shrinks(shape, geometry, config)
     reach = 3 * shape[0] / geometry.height if shrink else 1  # of the filter, source pixels
     box = _bounds(x, y, shape, reach)
     image, label = read(box)
@@ -197,6 +197,11 @@ def cut(
     if geometry.colour is not None:
         crop = _blacken(distort(crop, geometry.colour), inside)
     return crop, crop_label
+
+
+def shrinks(shape: tuple[int, int], geometry: Geometry, config: Augmentation) -> bool:
+    """Whether a crop of a source of shape (H, W) is low-passed."""
+    return config.antialias and geometry.height < shape[0]
 
 
 def _bounds(x: np.ndarray, y: np.ndarray, shape: tuple, reach: float) -> tuple[int, int, int, int]:
