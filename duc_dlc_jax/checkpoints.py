@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import math
 import os
 import shutil
+import threading
 from collections.abc import Iterable
 from typing import Any
 
@@ -22,7 +24,7 @@ from orbax.checkpoint import options as orbax_options
 
 from duc_dlc_jax import s3_arrays, storage
 from duc_dlc_jax.config import ConfigError
-from duc_dlc_jax.errors import CheckpointError
+from duc_dlc_jax.errors import CheckpointError, Stopped
 from duc_dlc_jax.sharding import shapes
 from duc_dlc_jax.train_step import TrainState
 
@@ -30,6 +32,7 @@ s3_arrays.enable()
 
 SCORE = "final_score"
 COMPLETE = "commit_success.txt"  # Orbax writes it last, on a disk too
+PATIENCE = 30.0  # seconds for the saves of a process that ends by an error
 UNREADABLE = "unreadable"  # folder of the workdir for checkpoints that are damaged
 
 
@@ -334,6 +337,26 @@ class Checkpoints:
             self._manager.wait_until_finished()
         except storage.errors() as error:
             raise self._save_error(error) from error
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_) -> None:
+        """Closes. Where an error ends one process of several, saves have `PATIENCE` to end.
+
+        They end with the help of the others, which may be waiting for this process elsewhere.
+        """
+        if kind is None or issubclass(kind, Stopped) or jax.process_count() == 1:
+            self.close()
+            return
+
+        def end() -> None:
+            with contextlib.suppress(Exception):  # the run ends by another error
+                self._manager.close()
+
+        thread = threading.Thread(target=end, daemon=True)
+        thread.start()
+        thread.join(PATIENCE)
 
     def close(self) -> None:
         """Raises CheckpointError for a failed save of which no other call has told."""

@@ -7,6 +7,7 @@ import errno
 import logging as py_logging
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
@@ -17,7 +18,7 @@ from etils import epath
 from ml_collections import config_flags
 
 from duc_dlc_jax import config as config_lib
-from duc_dlc_jax import storage
+from duc_dlc_jax import distributed, storage
 from duc_dlc_jax.data.labels import DataError
 from duc_dlc_jax.errors import (
     CheckpointError,
@@ -30,6 +31,7 @@ from duc_dlc_jax.errors import (
 # Where a restart helps: STOPPED, 1 (another error) and signals. See docs/clusters.md.
 STOPPED = 75
 DISK_FULL = 4
+UNKNOWN = 1
 _FULL = [os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)]
 EXIT_CODES = {
     config_lib.ConfigError: 2,
@@ -49,15 +51,20 @@ def run(main: Callable) -> None:
     def guarded(argv):
         try:
             return main(argv)
-        except tuple(EXIT_CODES) as error:
-            code = next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind))
-            if isinstance(error, CheckpointError):
-                _leave(str(error), code)
-            fail(error, code)
-        except Exception as error:  # Python's, TensorFlow's and TensorStore's have one text
-            if not any(text in str(error) for text in _FULL):
+        except Stopped as error:
+            fail(error, STOPPED)
+        except Exception as error:
+            code, message = _end_of(error)
+            if distributed.several():
+                if code == UNKNOWN:
+                    traceback.print_exc()
+                code, message = distributed.end_all(code, message)
+                _leave(message, code)
+            if code == UNKNOWN:
                 raise
-            _leave(f"{error}; make room, and the same command goes on", DISK_FULL)
+            if code == DISK_FULL:
+                _leave(message, code)
+            fail(error, code)
 
     logging.set_verbosity(logging.INFO)
     logging.use_python_logging(quiet=True)
@@ -66,10 +73,21 @@ def run(main: Callable) -> None:
     app.run(guarded, flags_parser=_parse)
 
 
+def _end_of(error: Exception) -> tuple[int, str]:
+    """The exit code of an error, and its message."""
+    for kind, code in EXIT_CODES.items():
+        if isinstance(error, kind):
+            return code, str(error)
+    if any(text in str(error) for text in _FULL):  # Python's, TensorFlow's and TensorStore's
+        return DISK_FULL, f"{error}; make room, and the same command goes on"
+    return UNKNOWN, f"{type(error).__name__}: {error}"
+
+
 def _leave(message: str, code: int) -> NoReturn:
     """As `fail`, at once.
 
-    Of a save that failed, Orbax's threads wait for each other for minutes, and Python for them.
+    Of a save that failed, Orbax's threads wait for each other for minutes, and Python for them;
+    and JAX would wait for the other processes of the run.
     """
     _say(f"error: {message}")
     os._exit(code)

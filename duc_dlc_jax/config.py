@@ -57,6 +57,7 @@ def default() -> ml_collections.ConfigDict:
     """Returns the paper's recipe: ResNet-50 + DUC + DLC, SGD + poly, 480x480 crops, batch 16."""
     c = ml_collections.ConfigDict()
     c.seed = 0  # parameters, dropout, record order and augmentation all derive from it
+    c.profile = ""  # folder for a profiler trace of five steps, TensorBoard's and Perfetto's
 
     c.data = ml_collections.ConfigDict()
     c.data.name = ""  # a prepared data set: camvid, cityscapes, ade20k, pascal_context, scenes

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import json
 import os
 import re
 import socket
+import sys
+import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +20,10 @@ from absl import flags, logging
 
 from duc_dlc_jax.config import ConfigError
 from duc_dlc_jax.errors import MissingProcesses
+
+ENDED = "duc_dlc_jax/ended"  # with JAX's coordination service: [process, exit code, message]
+LOOK_EVERY = 2.0  # seconds between two looks for it
+MEET_WITHIN = 24 * 3600  # seconds; a process that is lost meanwhile ends the others earlier
 
 # What an indexed job of Kubernetes and launch/kubernetes.yaml set.
 KUBERNETES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JOB_COMPLETION_INDEX")
@@ -50,6 +57,68 @@ def start(args: Any, environment: Mapping[str, str] = os.environ) -> None:
         heartbeat_timeout_seconds=args.heartbeat_timeout,
     )
     logging.info("process %d of %d", jax.process_index(), jax.process_count())
+    if several():
+        threading.Thread(target=_watch, name="the end of another process", daemon=True).start()
+
+
+def several() -> bool:
+    """Whether this process is one of several that were joined."""
+    return jax.distributed.is_initialized() and jax.process_count() > 1
+
+
+def meet(where: str) -> None:
+    """Waits, at any place once, until every process of the run is there.
+
+    For work whose duration differs between hosts: the time limits of collectives are short.
+    """
+    if several():
+        _service().wait_at_barrier(f"duc_dlc_jax/{where}", 1000 * MEET_WITHIN)
+
+
+def end_all(code: int, message: str) -> tuple[int, str]:
+    """Tells the other processes that this one ends; returns the code and message of the first.
+
+    They end with that code within `LOOK_EVERY` seconds, also from inside a collective. Without it
+    they would wait for this process until its heartbeat is missed, and end by an abort.
+    """
+    own, service = jax.process_index(), _service()
+    with contextlib.suppress(Exception):  # another was first
+        service.key_value_set(ENDED, json.dumps([own, code, message[:2000]]))
+    if found := _ended():
+        first, code, text = found
+        message = message if first == own else _said(first, code, text)
+    if own == 0:  # the service ends with this process
+        time.sleep(2 * LOOK_EVERY)
+    return code, message
+
+
+def _watch() -> None:
+    """Ends this process when another one has said that it ends."""
+    while True:
+        time.sleep(LOOK_EVERY)
+        if (found := _ended()) and found[0] != jax.process_index():
+            with contextlib.suppress(OSError):
+                print(f"error: {_said(*found)}", file=sys.stderr, flush=True)
+            os._exit(found[1])
+
+
+def _ended() -> tuple[int, int, str] | None:
+    """Which process was the first that said it ends, its code and its message."""
+    with contextlib.suppress(Exception):  # none did, or the service is gone
+        process, code, message = json.loads(_service().key_value_try_get(ENDED))
+        return process, code, message
+    return None
+
+
+def _said(process: int, code: int, message: str) -> str:
+    return f"process {process} ended with code {code}: {message}"
+
+
+def _service() -> Any:
+    """The client of JAX's coordination service."""
+    from jax._src import distributed
+
+    return distributed.global_state.client
 
 
 def place(args: Any, environment: Mapping[str, str]) -> dict | None:

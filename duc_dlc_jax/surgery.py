@@ -26,7 +26,7 @@ import numpy as np
 from absl import flags
 from etils import epath
 
-from duc_dlc_jax import cli, grafting, sharding, statistics, storage, workdirs
+from duc_dlc_jax import checkpoints, cli, grafting, sharding, statistics, storage, workdirs
 from duc_dlc_jax import config as config_lib
 from duc_dlc_jax import optimizer as optimizers
 from duc_dlc_jax.config import ConfigError
@@ -49,7 +49,7 @@ def show(
     Raises as `workdirs.load`; with `batches` also where the data are not prepared.
     """
     run = workdirs.load(workdir, checkpoint)
-    with workdirs.opened(workdir) as saved:
+    with checkpoints.Checkpoints(workdir) as saved:
         arrays, scores = saved.arrays(run.step), saved.scores(run.step)
         position, steps = saved.position(run.step), saved.steps()
     lines = [
@@ -100,9 +100,9 @@ def diff(
         lines.append(f"labels: {first.spec.name} and {second.spec.name} differ")
     old, new = (dict(config_lib.fields(run.config)) for run in (first, second))
     lines += [f"config.{k}: {old[k]!r} and {new[k]!r}" for k in old if old[k] != new[k]]
-    with workdirs.opened(workdir) as saved:
+    with checkpoints.Checkpoints(workdir) as saved:
         ours = saved.arrays(first.step)
-    with workdirs.opened(other) as saved:
+    with checkpoints.Checkpoints(other) as saved:
         theirs = saved.arrays(second.step)
     lines += [f"{path}: only in {workdir}" for path in ours if path not in theirs]
     lines += [f"{path}: only in {other}" for path in theirs if path not in ours]
@@ -131,7 +131,7 @@ def average(
     """
     workdirs.check_new(output)
     config, spec, model = workdirs.described(workdir)
-    with workdirs.opened(workdir) as saved:
+    with checkpoints.Checkpoints(workdir) as saved:
         steps = saved.steps()[-last:]
         if len(steps) < last or last < 1:
             raise ConfigError(
@@ -178,7 +178,7 @@ def ema(workdir: epath.Path, output: epath.Path, checkpoint: str = "best") -> li
     config, spec, model = workdirs.described(workdir)
     if not config.optimizer.ema_decay:
         raise ConfigError(f"{workdir} kept no average: optimizer.ema_decay is 0")
-    with workdirs.opened(workdir) as saved:
+    with checkpoints.Checkpoints(workdir) as saved:
         step = saved.named_step(checkpoint)
         state, position = saved.restore(step, _like(config, model))
     workdirs.create(output, config, spec, _with(state, state.ema), position)

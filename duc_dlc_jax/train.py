@@ -23,9 +23,11 @@ from etils import epath
 
 from duc_dlc_jax import (
     checkpoints,
+    distributed,
     evaluate,
     initial,
     pictures,
+    profiling,
     protocols,
     sharding,
     storage,
@@ -68,6 +70,7 @@ def train(
     mesh = sharding.training_mesh(config)
     records = open_records(config.data, config.data.train_split)
     val_records = open_records(config.data, config.data.eval_split)
+    distributed.meet("records")  # which some hosts may have had to copy first
     for split in (records, val_records):
         if not split.labelled:
             raise config_lib.ConfigError(f"split {split.split} of {split.folder} has no labels")
@@ -79,8 +82,7 @@ def train(
     with contextlib.ExitStack() as stack:
         stack.enter_context(stop.listening())
         kept = config.train.keep_latest, config.train.keep_best
-        saved = checkpoints.Checkpoints(workdir, *kept, training=True)
-        stack.enter_context(contextlib.closing(saved))
+        saved = stack.enter_context(checkpoints.Checkpoints(workdir, *kept, training=True))
         state, position = _first_state(config, workdir, model, optimizer, saved, mesh, records)
         if jax.process_index() == 0:
             workdirs.write(workdir, config, spec)
@@ -96,8 +98,9 @@ def train(
         train_step = sharding.jit_train_step(step, mesh)
         evaluation = _Evaluation(config, model, val_records, writer, workdir, stop)
         spent = stack.enter_context(contextlib.closing(Goodput(workdir, int(state.step))))
+        trace = stack.enter_context(contextlib.closing(profiling.Trace(config.profile)))
         loop = _Loop(
-            config, steps, train_step, evaluation, saved, writer, stop, spent, records.name
+            config, steps, train_step, evaluation, saved, writer, stop, spent, trace, records.name
         )
         scores = loop.run(state, batches)
         if jax.process_index() == 0:
@@ -109,11 +112,13 @@ def train(
 class _Loop:
     """The training steps and what is done between them."""
 
-    def __init__(self, config, steps, train_step, evaluation, saved, writer, stop, spent, name):
-        """spent: a Goodput; name: of a training record, by its index."""
+    def __init__(
+        self, config, steps, train_step, evaluation, saved, writer, stop, spent, trace, name
+    ):
+        """spent: a Goodput; trace: a Trace; name: of a training record, by its index."""
         self._config, self._steps, self._train_step = config, steps, train_step
         self._evaluation, self._saved, self._writer = evaluation, saved, writer
-        self._stop, self._goodput = stop, spent
+        self._stop, self._goodput, self._trace = stop, spent, trace
         self._figures = writers.StepFigures(config.train.batch_size, name)
         self._progress = Progress(steps, "step", quiet=jax.process_index() != 0)
         self._scores: dict[str, Any] = {}
@@ -128,6 +133,7 @@ class _Loop:
         if first and self._evaluating(first) and not self._saved.has_scores(first):
             self._keep(state, first, evaluating=True)  # SIGTERM had come during it
         for step in range(first + 1, self._steps + 1):
+            self._trace.before(step - first - 1)
             with self._figures.waiting(), self._goodput.spent("data"):
                 batch, records = next(batches)
             compiling = contextlib.nullcontext()
@@ -135,6 +141,7 @@ class _Loop:
                 compiling = self._goodput.spent("compile")
             with compiling:
                 state, metrics = self._train_step(state, batch)
+            self._trace.after(step - first - 1, state)
             self._figures.add(metrics, records)
             self._log(step)
             stopping = self._stop.reached()

@@ -7,7 +7,6 @@ parameters.txt    parameters by name and shape    pictures/     image | label | 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import os
@@ -68,7 +67,7 @@ def create(
 
     position: training images consumed. config.json comes last: where it is, the rest is complete.
     """
-    with opened(workdir) as saved:
+    with checkpoints.Checkpoints(workdir) as saved:
         saved.save(state, position, config)
         saved.wait()
     write(workdir, config, spec)
@@ -104,11 +103,6 @@ def described(
     return config, spec, segmenter.create(config.model, spec.num_classes)
 
 
-def opened(workdir: epath.Path) -> contextlib.closing[checkpoints.Checkpoints]:
-    """The run's checkpoints, as a context."""
-    return contextlib.closing(checkpoints.Checkpoints(workdir))
-
-
 def load(workdir: str | os.PathLike, checkpoint: str = "best") -> Run:
     """The network of a workdir at checkpoint "best" (Final Score), "latest" or a step ("1000").
 
@@ -116,7 +110,7 @@ def load(workdir: str | os.PathLike, checkpoint: str = "best") -> Run:
     """
     workdir = storage.path(workdir)
     config, spec, model = described(workdir)
-    with opened(workdir) as saved:
+    with checkpoints.Checkpoints(workdir) as saved:
         step = saved.named_step(checkpoint)
         everywhere = sharding.replicated(sharding.make_mesh())
         variables = saved.restore_variables(step, everywhere)

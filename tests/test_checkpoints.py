@@ -1,6 +1,5 @@
 """What is kept, what is restored, and what a wrong checkpoint says."""
 
-import contextlib
 import shutil
 
 import jax
@@ -206,7 +205,7 @@ def test_what_a_killed_save_left_is_removed_by_training_alone(tmp_path):
     shutil.copytree(tmp_path / "checkpoints" / "2", left)
     Checkpoints(tmp_path).close()
     assert left.is_dir()
-    with contextlib.closing(Checkpoints(tmp_path, training=True)) as saved:
+    with Checkpoints(tmp_path, training=True) as saved:
         assert saved.latest_step() == 2
         saved.save(make_state(3), 24, config_lib.default())  # removing goes on beside training
     assert not left.exists()

@@ -1,6 +1,7 @@
 """The whole way on a tiny network: records -> training -> checkpoints -> evaluation -> masks."""
 
 import dataclasses
+import gzip
 import json
 import re
 import shutil
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from duc_dlc_jax import evaluate, protocols, sharding, submit, workdirs
+from duc_dlc_jax import evaluate, profiling, protocols, sharding, submit, workdirs
 from duc_dlc_jax.data import pipeline
 from duc_dlc_jax.data.records import open_records
 from duc_dlc_jax.train import train
@@ -52,6 +53,23 @@ def assert_same_state(first, second):
     assert first.keys() == second.keys()
     for name in first:
         np.testing.assert_array_equal(first[name], second[name], err_msg=name)
+
+
+def test_a_training_leaves_a_trace_of_its_steps(trained, scenes_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(profiling, "FIRST", 2)
+    monkeypatch.setattr(profiling, "STEPS", 2)
+    config = averaging(scenes_dir)
+    config.profile = str(tmp_path / "trace")
+    train(config, tmp_path / "run")
+    assert_same_state(saved_state(trained[0], 6), saved_state(tmp_path / "run", 6))
+    (folder,) = (tmp_path / "trace/plugins/profile").iterdir()
+    (file,) = folder.glob("*.xplane.pb")
+    planes = list(jax.profiler.ProfileData.from_file(str(file)).planes)
+    names = [event.name for plane in planes for line in plane.lines for event in line.events]
+    assert sum("train_step" in name for name in names) >= 2
+    with gzip.open(folder / "perfetto_trace.json.gz") as trace:
+        events = json.load(trace)["traceEvents"]
+    assert any("train_step" in event.get("name", "") for event in events)
 
 
 def test_workdir_holds_what_the_docs_say(trained):

@@ -222,6 +222,56 @@ def test_a_killed_process_of_two_ends_the_other_which_names_it(scenes_dir, tmp_p
     assert re.search(named, log(tmp_path / "0"))
 
 
+RAISING = """
+import runpy, sys
+from duc_dlc_jax import train
+
+original = train.device_batches
+
+def batches(*args):
+    for number, batch in enumerate(original(*args)):
+        if number == 10:
+            raise {error}
+        yield batch
+
+train.device_batches = batches
+runpy.run_module("duc_dlc_jax.main", run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.mark.parametrize(
+    ("which", "error", "code"),
+    [(0, "KeyError('x')", 1), (1, "train.config_lib.ConfigError('no such thing')", 2)],
+)
+def test_an_error_in_one_process_of_two_ends_both_with_its_code(
+    scenes_dir, tmp_path, which, error, code
+):
+    """The other one is in a collective by then; its heartbeat would be missed after 100 s."""
+    flags = (f"--coordinator=localhost:{free_port()}", "--processes=2")
+    processes = []
+    for i in range(2):
+        arguments = command(scenes_dir, tmp_path / "run", *flags, f"--process={i}", **ENDLESS)
+        if i == which:
+            assert arguments[1:3] == ["-m", "duc_dlc_jax.main"]
+            arguments[1:3] = ["-c", RAISING.format(error=error)]
+        processes.append(start(arguments, tmp_path / str(i), devices=2))
+    wait_for(lambda: "step 5/" in log(tmp_path / "0"), processes[0])
+    assert [process.wait(timeout=60) for process in processes] == [code, code]
+    message = "KeyError: 'x'" if code == 1 else "no such thing"
+    assert message in log(tmp_path / str(which))
+    assert f"process {which} ended with code {code}: {message}" in log(tmp_path / str(1 - which))
+
+
+def test_a_full_disk_of_one_process_of_two_ends_both_with_its_code(scenes_dir, tmp_path):
+    changes = {"train__steps": 400, "train__checkpoint_every": 4, "train__log_every": 1}
+    processes = start_two(scenes_dir, tmp_path, **changes)
+    wait_for(lambda: (tmp_path / "run/checkpoints/4").is_dir(), processes[0])
+    resource.prlimit(processes[0].pid, resource.RLIMIT_FSIZE, (400_000, 400_000))
+    assert [process.wait(timeout=120) for process in processes] == [4, 4]
+    assert "a checkpoint cannot be written to" in log(tmp_path / "0")
+    assert "process 0 ended with code 4" in log(tmp_path / "1")
+
+
 def test_a_process_that_does_not_arrive_is_named(scenes_dir, tmp_path):
     flags = (f"--coordinator=localhost:{free_port()}", "--processes=3", "--start_timeout=15")
     processes = [

@@ -72,7 +72,7 @@ def trained(scenes_dir, tmp_path_factory):
 
 
 def arrays(workdir, step):
-    with workdirs.opened(workdir) as saved:
+    with Checkpoints(workdir) as saved:
         return saved.arrays(step)
 
 
@@ -81,7 +81,7 @@ def resumes(workdir, step):
     config, _, model = workdirs.described(workdir)
     assert workdirs.changed_fields(workdir, config) == {}
     rule = optimizer.create(config.optimizer, 10)
-    with workdirs.opened(workdir) as saved:
+    with Checkpoints(workdir) as saved:
         mesh = train.sharding.make_mesh()
         state, position = train._first_state(config, workdir, model, rule, saved, mesh, None)
     assert (int(state.step), position) == (step, 4 * step)
@@ -208,7 +208,7 @@ def test_training_starts_from_a_checkpoint(trained, scenes_dir, tmp_path, caplog
     config = config_of(scenes_dir, init__checkpoint=str(workdir))
     rule = optimizer.create(config.optimizer, 1)
     mesh = train.sharding.make_mesh()
-    with workdirs.opened(tmp_path / "new") as saved, caplog.at_level(logging.INFO, "absl"):
+    with Checkpoints(tmp_path / "new") as saved, caplog.at_level(logging.INFO, "absl"):
         state, position = train._first_state(
             config, tmp_path / "new", model, rule, saved, mesh, SimpleNamespace(spec=SPEC)
         )

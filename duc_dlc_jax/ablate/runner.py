@@ -199,9 +199,7 @@ class Trainer:
         from duc_dlc_jax import checkpoints, workdirs
 
         workdirs.write(epath.Path(folder), config, self._data.train.spec)
-        return stack.enter_context(
-            contextlib.closing(checkpoints.Checkpoints(folder, training=True))
-        )
+        return stack.enter_context(checkpoints.Checkpoints(folder, training=True))
 
     def _start(self, config, saved) -> tuple[TrainState, int, Course]:
         """State, steps done and course of the last checkpoint, or of a run's beginning."""
