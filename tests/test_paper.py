@@ -69,6 +69,7 @@ def test_a_training_has_the_network_of_its_row(run):
     assert sum(describe.parameters(model).values()) == PARAMETERS[int(depth)][CLASSES[name]]
     assert config.optimizer.learning_rate == 1e-3
     assert bool(config.init.weights) == (int(depth) != 269)
+    assert config.data.antialias  # as the code base, which every other choice follows
 
 
 def test_a_wrong_name_after_the_colon_ends_in_one_line(monkeypatch, capsys):
