@@ -12,6 +12,7 @@ from duc_dlc_jax import config as base
 def get_config():
     config = base.default()  # the paper's: 480 crops, base size 520, lr 1e-3, 120 epochs
     config.data.name = "ade20k"
+    config.data.antialias = True  # as the code base's Pillow shrinks
     config.data.workers = 8
     config.model.dtype = "bfloat16"
     config.train.eval_every = 15000

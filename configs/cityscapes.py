@@ -14,6 +14,7 @@ def get_config():
     config.data.name = "cityscapes"
     config.data.base_size = 1024
     config.data.crop_size = 768
+    config.data.antialias = True  # as the code base's Pillow shrinks
     config.data.workers = 8
     config.model.depth = 101
     config.model.dtype = "bfloat16"

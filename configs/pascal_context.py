@@ -13,6 +13,7 @@ from duc_dlc_jax import config as base
 def get_config():
     config = base.default()
     config.data.name = "pascal_context"
+    config.data.antialias = True  # as the code base's Pillow shrinks
     config.data.workers = 8
     config.model.dtype = "bfloat16"
     config.train.epochs = 80.0

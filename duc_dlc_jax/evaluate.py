@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import numpy as np
 from absl import flags, logging
-from etils import epath
 from jax.experimental import multihost_utils
 
 from duc_dlc_jax import (
@@ -243,7 +242,7 @@ def main(_) -> None:
     if len(evaluators) > 1:
         print(f"\n{compared(results)}")
     if args.json and jax.process_index() == 0:
-        write_json(storage.path(args.json), run, results)
+        write_json(args, run, records, results)
     if args.report:
         write_report(args, run, records, next(iter(evaluators.values())), results, images)
 
@@ -282,12 +281,18 @@ def write_report(args, run, records, evaluator, results, images: report.ImageSco
     print(f"report: {report.write(storage.path(args.report), data)}")
 
 
-def write_json(path: epath.Path, run: workdirs.Run, results: dict[str, dict[str, Any]]) -> None:
-    """The summary of one protocol; of several, each under its name in `protocols`."""
+def write_json(args, run: workdirs.Run, records: Records, results: dict[str, Any]) -> None:
+    """The summary of one protocol; of several, each under its name in `protocols`.
+
+    `checkpoint` is the rule by which the step was chosen: best, latest, a number, or bundle for the
+    one that a bundle has.
+    """
     summaries = {name: summary(scores, run.spec) for name, scores in results.items()}
     figures = {"protocols": summaries} if len(results) > 1 else next(iter(summaries.values()))
-    written = {"step": run.step, **figures, "config": run.config.to_dict()}
-    path.write_text(json.dumps(written, indent=1) + "\n")
+    chosen = "bundle" if isinstance(run.model, BundleModel) else args.checkpoint
+    written = {"step": run.step, "checkpoint": chosen, "split": records.split, **figures}
+    written |= {"config": run.config.to_dict()}
+    storage.path(args.json).write_text(json.dumps(written, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -319,7 +319,7 @@ def test_each_layout_reaches_a_training_step(name, tmp_path):
     config = configuration.default()
     config.data.update({"name": name, "dir": str(tmp_path / "data"), "crop_size": 32})
     config.data.update({"base_size": 32, "class_uniform_share": 1.0})
-    config.model.update(NARROW)
+    config.model.update(NARROW | {"upsampling": "bilinear", "context": "none"})
     records = open_records(config.data, "train")
     batch = next(pipeline.train_iterator(config.data, records, seed=0, batch_size=2, steps=1))
     labels = {name: batch[name] for name in ("image", "label")}

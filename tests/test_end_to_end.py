@@ -204,7 +204,8 @@ def test_evaluate_command_by_several_protocols(trained, tmp_path):
     command += [*arguments, "--absent=zero", f"--json={tmp_path / 'scores.json'}"]
     result = run([*command, f"--report={tmp_path / 'report'}", "--report_images=2"])
     written = json.loads((tmp_path / "scores.json").read_text())
-    assert list(written) == ["step", "protocols", "config"]
+    assert list(written) == ["step", "checkpoint", "split", "protocols", "config"]
+    assert (written["checkpoint"], written["split"]) == ("best", "val")
     single, figures = (written["protocols"][name] for name in ("single", "sliding"))
     assert single["mIoU"] == pytest.approx(trained[1]["mIoU"], abs=1e-5)
     assert single["confusion_matrix"] != figures["confusion_matrix"]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 import re
 
 import pytest
@@ -15,7 +17,7 @@ from duc_dlc_jax.config import ConfigError
 from duc_dlc_jax.data.records import find_spec
 from duc_dlc_jax.models import segmenter
 from duc_dlc_jax.paper import __main__ as paper
-from duc_dlc_jax.paper.tables import SLIPS, TABLES, Row
+from duc_dlc_jax.paper.tables import LEFT_OPEN, SLIPS, TABLES, Row
 from networks import PARAMETERS
 from repository import ROOT, tracked_texts
 
@@ -69,6 +71,7 @@ def test_a_training_has_the_network_of_its_row(run):
     assert sum(describe.parameters(model).values()) == PARAMETERS[int(depth)][CLASSES[name]]
     assert config.optimizer.learning_rate == 1e-3
     assert bool(config.init.weights) == (int(depth) != 269)
+    assert config.data.antialias  # as the code base, which every other choice follows
 
 
 def test_a_wrong_name_after_the_colon_ends_in_one_line(monkeypatch, capsys):
@@ -122,28 +125,91 @@ def test_the_page_is_what_the_command_writes():
     )
 
 
-def finished(folder, miou, pa, **changes):
-    """What `evaluate` writes for ade20k_r50; figures in percent."""
-    config = config_lib.load("configs/paper.py:ade20k_r50")
+OURS = Row("Ours", 40.0, 80.0, 60.0, "ade20k_r50", "single")
+STEPS = {"ade20k_r50": 151_575, "pascal_context_r101": 24_990}
+WHOLE = "whole image at its own size, logits resized to the label"
+SINGLE = {"protocol": f"single scale, {WHOLE}", "images": 2000}
+
+
+def test_the_page_tests_the_last_step_and_names_what_is_left_open():
+    """`best`, the default, would choose by the images that are reported."""
+    text = paper.page(ROOT / "docs" / "results" / "paper")
+    commands = re.findall(r"^\$ .*(?:evaluate|submit) .*\n.*", text, re.M)
+    assert len(commands) == 2
+    assert all("--checkpoint=latest" in command for command in commands)
+    for field in ("data.antialias", "data.blur_probability=0.5", "data.rotate_degrees=10"):
+        assert any(field in line and "[C]" in line for line in LEFT_OPEN)
+
+
+def finished(folder, miou=40.0, pa=80.0, run="ade20k_r50", written=(), tested=(), **changes):
+    """What `evaluate` writes for a run of configs/paper.py; figures in percent.
+
+    written, tested: what is otherwise in the file and in its figures; changes: of configuration.
+    """
+    config = config_lib.load(f"configs/paper.py:{run}")
     config.update_from_flattened_dict({k.replace("__", "."): v for k, v in changes.items()})
-    figures = {"mIoU": miou / 100, "PA": pa / 100}
-    content = {"step": 1, "protocols": {"single": figures}, "config": config.to_dict()}
-    (folder / "ade20k_r50.json").write_text(json.dumps(content))
-    return paper.finished(folder, "ade20k_r50")
+    figures = SINGLE | {"mIoU": miou / 100, "PA": pa / 100} | dict(tested)
+    content = {"step": STEPS[run], "checkpoint": "latest", "split": "val"}
+    content |= {"protocols": {"single": figures}, "config": config.to_dict()} | dict(written)
+    (folder / f"{run}.json").write_text(json.dumps(content))
+    return paper.finished(folder, run)
 
 
 def test_a_finished_run_is_reproduced_or_different_and_how(tmp_path):
-    row = Row("Ours", 40.0, 80.0, 60.0, "ade20k_r50", "single")
-    assert paper.verdict(row, None, False).startswith("not run: needs the data set")
+    assert paper.verdict(OURS, None, False).startswith("not run: needs the data set")
     elsewhere = {"seed": 3, "data__dir": "elsewhere", "init__weights": "mine.npz"}
-    told = paper.verdict(row, finished(tmp_path, 40.25, 79.6, **elsewhere), False)
+    told = paper.verdict(OURS, finished(tmp_path, 40.25, 79.6, **elsewhere), False)
     assert told == "reproduced: mIoU 40.25 (+0.25), PA 79.60 (-0.40)"
-    told = paper.verdict(row, finished(tmp_path, 39.0, 80.0), False)
+    told = paper.verdict(OURS, finished(tmp_path, 39.0, 80.0), False)
     assert told == "different: mIoU 39.00 (-1.00), PA 80.00 (+0.00)"
-    told = paper.verdict(row, finished(tmp_path, 40.0, 80.0, train__batch_size=64), True)
-    assert told.endswith("; train.batch_size=64, on val, not by the test server")
-    multi = Row("Ours", 40.0, 80.0, 60.0, "ade20k_r50", "multi_scale")
-    assert "lacks multi_scale" in paper.verdict(multi, finished(tmp_path, 40.0, 80.0), False)
-    (tmp_path / "ade20k_r50.json").write_text('{"step": 1, "mIoU": 0.4}')
-    with pytest.raises(ConfigError, match=r"no figures by protocol: python -m duc_dlc_jax\.eval"):
+    told = paper.verdict(OURS, finished(tmp_path, data__flip="none"), True)
+    assert told.endswith("; data.flip='none'; on val, not by the test server")
+    multi = dataclasses.replace(OURS, protocol="multi_scale")
+    assert "lacks multi_scale" in paper.verdict(multi, finished(tmp_path), False)
+
+
+@pytest.mark.parametrize(
+    ("had", "how"),
+    [
+        ({"written": {"step": 1}}, "step 1 of 151,575"),
+        ({"written": {"step": 200}, "train__steps": 200}, "train.steps=200"),
+        ({"train__batch_size": 64}, "train.batch_size=64; step 151,575 of 37,894"),
+        ({"written": {"checkpoint": "best"}}, "checkpoint=best"),
+        ({"written": {"checkpoint": "bundle"}}, "checkpoint=bundle"),
+        ({"written": {"checkpoint": "151575"}}, ""),
+        ({"init__weights": ""}, "from scratch"),
+        ({"init__weights": "", "init__checkpoint": "old"}, "init.checkpoint='old'"),
+        ({"data__antialias": False}, "data.antialias=False"),
+        ({"eval__flip": True, "eval__batch_size": 4}, ""),  # which the protocol replaces
+        (
+            {"tested": {"protocol": f"scales 1 2, {WHOLE}"}},
+            f"tested by: scales 1 2, {WHOLE}",
+        ),
+        ({"tested": {"images": 3}}, "on 3 images of val, not 2,000 of val"),
+        ({"written": {"split": "train"}}, "on 2,000 images of train, not 2,000 of val"),
+    ],
+)
+def test_only_the_whole_training_tested_as_its_row_is_reproduced(tmp_path, had, how):
+    told = paper.verdict(OURS, finished(tmp_path, **had), False)
+    figures = "mIoU 40.00 (+0.00), PA 80.00 (+0.00)"
+    assert told == (f"different: {figures}; {how}" if how else f"reproduced: {figures}")
+
+
+@pytest.mark.parametrize(("short", "word"), [(2, "reproduced"), (3, "different")])
+def test_known_releases_may_lack_images(tmp_path, short, word):
+    """PASCAL-Context's, two of each split; an epoch of 4,996 images makes fewer steps."""
+    row = dataclasses.replace(OURS, run="pascal_context_r101")
+    written = {"step": math.ceil(80 * (4998 - short) / 16)}
+    made = finished(tmp_path, run=row.run, written=written, tested={"images": 5105 - short})
+    assert paper.verdict(row, made, False).startswith(word)
+
+
+@pytest.mark.parametrize("key", paper.EVALUATED)
+def test_a_file_that_lacks_what_a_verdict_needs_is_refused(tmp_path, key):
+    finished(tmp_path)
+    path = tmp_path / "ade20k_r50.json"
+    content = json.loads(path.read_text())
+    del content[key]
+    path.write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match=rf"json lacks {key}: python -m duc_dlc_jax\.eval"):
         paper.finished(tmp_path, "ade20k_r50")

@@ -1,7 +1,7 @@
 """`python -m duc_dlc_jax.paper --output=docs/results/paper.md`: a page on each row of the tables.
 
-Finished runs are the files `RUN.json` of --runs that `evaluate --protocol=single,multi_scale
---json=RUN.json` wrote; RUN is a training of configs/paper.py.
+Finished runs are the files `RUN.json` of --runs that `evaluate --checkpoint=latest
+--protocol=single,multi_scale --json=RUN.json` wrote; RUN is a training of configs/paper.py.
 """
 
 from __future__ import annotations
@@ -13,45 +13,71 @@ from typing import Any
 
 from absl import flags
 
-from duc_dlc_jax import cli, hours, markdown
+from duc_dlc_jax import cli, hours, markdown, protocols
 from duc_dlc_jax import config as config_lib
 from duc_dlc_jax.ablate.results import CIRCUMSTANCES
 from duc_dlc_jax.config import ConfigError
+from duc_dlc_jax.data.builders import sources
 from duc_dlc_jax.paper.tables import LEFT_OPEN, SLIPS, TABLES, Row, Table
+from duc_dlc_jax.train import total_steps
 
 WITHIN = 0.5  # points of mIoU and PA that a reproduced row may be away: the paper gives no spread
 CONFIG, GRID = "configs/paper.py", "configs/ablation_camvid.py"
-# Fields that decide no score, and the seed: the paper has none.
+# Fields that decide no score; the seed, for the paper has none; and which weights, if any.
 BESIDE = (*CIRCUMSTANCES, "seed", "init.source", "train.log_every", "train.eval_every")
 BESIDE += ("train.keep_latest", "train.keep_best", "mesh.data", "mesh.space")
+EVALUATED = ("step", "checkpoint", "split", "protocols", "config")  # of `evaluate`'s JSON
 NO_WEIGHTS = "no ImageNet weights of 269 layers by name, so `init.weights=FILE`"
 NOT_RUN = "needs the data set and the hours above"
 QUOTED = "another method, quoted; not trained here"
 
 
 def finished(folder: Path, run: str) -> dict[str, Any] | None:
-    """What `evaluate` wrote for a run; raises ConfigError for a file without protocols."""
+    """What `evaluate` wrote for a run; raises ConfigError for a file that lacks `EVALUATED`."""
     path = folder / f"{run}.json"
     if not path.exists():
         return None
     written = json.loads(path.read_text())
-    if "protocols" not in written or "config" not in written:
+    if absent := [name for name in EVALUATED if name not in written]:
         raise ConfigError(
-            f"{path} has no figures by protocol: python -m duc_dlc_jax.evaluate --workdir=DIR "
-            f"--protocol=single,multi_scale --json={path}"
+            f"{path} lacks {', '.join(absent)}: python -m duc_dlc_jax.evaluate --workdir=DIR "
+            f"--checkpoint=latest --protocol=single,multi_scale --json={path}"
         )
     return written
 
 
-def changes(written: dict[str, Any], run: str) -> list[str]:
-    """The fields, and their values, in which a finished run is not that of configs/paper.py."""
-    wanted = dict(config_lib.fields(config_lib.load(f"{CONFIG}:{run}")))
-    had = dict(config_lib.fields(config_lib.from_json(json.dumps(written["config"]))))
-    return [
-        f"{name}={had[name]!r}"
-        for name, value in wanted.items()
-        if had[name] != value and name not in BESIDE and not name.startswith("eval.")
+def changes(written: dict[str, Any], row: Row) -> list[str]:
+    """In what a finished run is not the training of configs/paper.py, or not tested as the row is.
+
+    The numbers of images are the official ones, give or take what known releases differ by.
+    """
+    wanted = config_lib.load(f"{CONFIG}:{row.run}")
+    had = config_lib.from_json(json.dumps(written["config"]))
+    values = dict(config_lib.fields(had))
+    how = [
+        f"{name}={values[name]!r}"
+        for name, value in config_lib.fields(wanted)
+        if values[name] != value and name not in BESIDE and not name.startswith("eval.")
     ]
+    if not (had.init.weights or had.init.checkpoint):
+        how.append("from scratch")
+    source, split = sources.SOURCES[wanted.data.name], wanted.data.eval_split
+    trained, scored = source.counts[wanted.data.train_split], source.counts[split]
+    least, steps, most = (
+        total_steps(had, trained + more) for more in (-source.tolerance, 0, source.tolerance)
+    )
+    if not least <= written["step"] <= most:
+        how.append(f"step {written['step']:,} of {steps:,}")
+    if written["checkpoint"] != "latest" and not written["checkpoint"].isdigit():
+        how.append(f"checkpoint={written['checkpoint']}")
+    figures = written["protocols"][row.protocol]
+    tested = protocols.Protocol.from_config(protocols.select(wanted, row.protocol, []))
+    if figures["protocol"] != tested.sentence():
+        how.append(f"tested by: {figures['protocol']}")
+    images = figures["images"]
+    if written["split"] != split or abs(images - scored) > source.tolerance:
+        how.append(f"on {images:,} images of {written['split']}, not {scored:,} of {split}")
+    return how
 
 
 def verdict(row: Row, written: dict[str, Any] | None, server: bool) -> str:
@@ -67,12 +93,12 @@ def verdict(row: Row, written: dict[str, Any] | None, server: bool) -> str:
     pairs = [("mIoU", row.miou), ("PA", row.pa)]
     apart = [(name, 100 * figures[name], value) for name, value in pairs if value is not None]
     said = ", ".join(f"{name} {ours:.2f} ({ours - value:+.2f})" for name, ours, value in apart)
-    how = changes(written, row.run)
+    how = changes(written, row)
     how += ["on val, not by the test server"] * server
     close = all(abs(ours - value) <= WITHIN for _, ours, value in apart)
     if close and not how:
         return f"reproduced: {said}"
-    return f"different: {said}" + ("; " + ", ".join(how) if how else "")
+    return "; ".join([f"different: {said}", *how])
 
 
 def trainings(runs: Sequence[str]) -> tuple[str, dict[str, list[str]]]:
@@ -141,19 +167,21 @@ def page(folder: Path) -> str:
         "has of it. Made from the configurations and from the JSON of finished runs by",
         "```\n$ python -m duc_dlc_jax.paper --output=docs/results/paper.md\n```",
         f"{len(done)} of {len(runs)} trainings have been run. *Reproduced* is within {WITHIN} "
-        "points in mIoU and PA with the configuration as it is; *different* says in which fields "
-        "it was not. What was trained instead, on other data: [camvid.md](camvid.md), "
+        "points in mIoU and PA with the configuration as it is, from pre-trained weights, after "
+        "its last step, by the row's protocol on every image; *different* says in what it was not. "
+        "What was trained instead, on other data: [camvid.md](camvid.md), "
         "[ablation.md](ablation.md), [scenes.md](scenes.md).",
         "## The trainings",
         "```\n"
         "$ python -m duc_dlc_jax.main --config=configs/paper.py:RUN --workdir=runs/RUN\n"
         "$ python -m duc_dlc_jax.evaluate --workdir=runs/RUN --protocol=single,multi_scale \\\n"
-        "    --json=docs/results/paper/RUN.json\n"
+        "    --checkpoint=latest --json=docs/results/paper/RUN.json\n"
         "$ python -m duc_dlc_jax.submit --workdir=runs/cityscapes_r101 --split=test \\\n"
-        "    --protocol=multi_scale --output=cityscapes.zip\n"
+        "    --checkpoint=latest --protocol=multi_scale --output=cityscapes.zip\n"
         "```",
         "RUN is a name of this table; on a pod the first line goes through the scripts of "
-        "[clusters.md](../clusters.md).",
+        "[clusters.md](../clusters.md). `latest` is the last step: `best`, the default, would be "
+        "chosen by its score on the very images that are reported.",
         costs,
         "### What the paper leaves open",
         "The trainings take from the paper what it says: crops of 480 on ADE20K and "

@@ -112,14 +112,19 @@ TABLES = (
 # What the trainings of configs/paper.py decide where the paper is silent.
 LEFT_OPEN = (
     "Batch 16 [C]; ten times the rate for new layers [C]; base size 520 [C].",
+    "Images are shrunk with a low-pass, `data.antialias`, as the code base's Pillow does [C]. It "
+    "also blurs crops (p = 0.5, radius uniform in 0 to 1 pixel) [C]; off here, for the paper does "
+    "not name it among its augmentations [I]: `--config.data.blur_probability=0.5`.",
     "ImageNet weights of torchvision's first recipe, with the plain stem [I]; the paper says "
     '"pre-trained". For ResNet-269 none are known by name.',
     "*SS* is `evaluate --protocol=single`; *MS* is `multi_scale`, whose scales 0.5 to 1.75 with "
     "flips are [C].",
+    "No checkpoint is selected: the last step is tested [I].",
     "PASCAL-Context: ResNet-101 and multi-scale [I]; 59 classes.",
     "Cityscapes: ResNet-101, crops of 768 from a base size of 1024, fine annotations alone, "
-    "multi-scale [I]; 240 epochs [C]. The code base's table has the rate 1e-2 for ADE20K and "
-    "Cityscapes: `--config.optimizer.learning_rate=1e-2`.",
+    "multi-scale [I]; 240 epochs [C]. The code base rotates its crops by up to 10 degrees [C]; off "
+    "here likewise [I]: `--config.data.rotate_degrees=10`. Its table has the rate 1e-2 for ADE20K "
+    "and Cityscapes: `--config.optimizer.learning_rate=1e-2`.",
     "The network's own open choices: [network.md](../network.md).",
 )
 
