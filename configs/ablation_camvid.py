@@ -5,7 +5,7 @@ Command   python -m duc_dlc_jax.ablate --config=configs/ablation_camvid.py --wor
           --config.train.epochs=N is the budget of every run
 Data      python -m duc_dlc_jax.data.prepare --dataset=camvid --raw_dir=DIR --data_dir=data
 Hardware  one accelerator with 40 GB or more
-Score     docs/results/ablation.md, once runs are committed
+Score     docs/results/ablation.md: the runs that there are, of 24 epochs
 """
 
 from duc_dlc_jax import config as base
@@ -53,15 +53,46 @@ def get_variants():
     ]
 
 
+def get_title():
+    return "The full recipe: configs/camvid.py, 200 epochs, in bfloat16"
+
+
 def get_comparisons():
-    """Questions, answered by the second less the first, seed by seed."""
-    return [
-        ("fcn", "bilinear", "the 1/8 grid and the skip from layer2"),
-        ("bilinear", "duc", "DUC's guidance by the image"),
-        ("bilinear", "dlc", "DLC, without guidance"),
-        ("dlc", "duc_dlc", "DUC's guidance, under DLC"),
-        ("duc", "duc_dlc", "DLC, on DUC"),
-        ("bilinear", "duc_dlc", "DUC's guidance and DLC"),
-        ("fcn", "duc_dlc", "the paper's network against FCN"),
-        ("deeplabv3", "duc_dlc", "the paper's network against DeepLabv3 at 1/16"),
-    ]
+    """Questions by family, answered by the second less the first, seed by seed."""
+    return {
+        "the parts": [
+            ("fcn", "bilinear", "the 1/8 grid and the skip from layer2"),
+            ("bilinear", "duc", "DUC's guidance by the image"),
+            ("bilinear", "dlc", "DLC, without guidance"),
+            ("dlc", "duc_dlc", "DUC's guidance, under DLC"),
+            ("duc", "duc_dlc", "DLC, on DUC"),
+            ("bilinear", "duc_dlc", "DUC's guidance and DLC"),
+            ("fcn", "duc_dlc", "the paper's network against FCN"),
+            ("deeplabv3", "duc_dlc", "the paper's network against DeepLabv3 at 1/16"),
+        ],
+        "contexts on DUC": [
+            ("duc_aspp", "duc_dlc", "DLC against ASPP"),
+            ("duc_dense_aspp", "duc_dlc", "DLC against DenseASPP"),
+            ("duc_ccl", "duc_dlc", "DLC against CCL"),
+            ("duc_psp", "duc_dlc", "DLC against pyramid pooling"),
+        ],
+        "upsamplings without context": [
+            ("pixel_shuffle", "duc", "DUC against pixel shuffle"),
+            ("jpu", "duc", "DUC against JPU"),
+            ("dupsampling", "duc", "DUC against DUpsampling"),
+            ("guided_filter", "duc", "DUC against the guided filter"),
+        ],
+        "published networks": [
+            ("fcn_head", "duc_dlc", "against FCN with a 3x3 before the classifier"),
+            ("fcn_os8", "duc_dlc", "against FCN at 1/8"),
+            ("deeplabv3_os8", "duc_dlc", "against DeepLabv3 at 1/8"),
+            ("pspnet", "duc_dlc", "against PSPNet"),
+        ],
+        "what was inferred about DUC": [
+            ("duc_dlc", "duc_dlc_stride", "resize grid by strides, not corners"),
+            ("duc_dlc", "duc_dlc_kernel5", "a guidance of 5x5, not 3x3"),
+            ("duc_dlc", "duc_dlc_half", "a guidance at half the resolution"),
+            ("duc_dlc", "duc_dlc_narrow", "a guidance 16 wide, not 64"),
+            ("duc_dlc", "duc_dlc_os16", "a backbone at 1/16, not 1/32"),
+        ],
+    }

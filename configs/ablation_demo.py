@@ -26,6 +26,10 @@ def get_variants():
     ]
 
 
+def get_title():
+    return "Drawn scenes, a small network from scratch, 340 steps"
+
+
 def get_comparisons():
     return [
         ("fcn", "duc_dlc", "the paper's network against FCN"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -12,9 +13,9 @@ import pytest
 from duc_dlc_jax import config as config_lib
 from duc_dlc_jax import workdirs
 from duc_dlc_jax.ablate import grid, runner
-from duc_dlc_jax.ablate.__main__ import listed, train_all
+from duc_dlc_jax.ablate.__main__ import listed, report_command, train_all
 from duc_dlc_jax.ablate.grid import Run, Variant, parts
-from duc_dlc_jax.ablate.results import Results
+from duc_dlc_jax.ablate.results import Results, weights_digest
 from duc_dlc_jax.config import ConfigError
 from duc_dlc_jax.data.labels import label_spec
 
@@ -46,7 +47,7 @@ def test_the_reduced_protocol_is_the_first_six_of_the_full_one():
     assert [v.name for v in small.variants] == names
     assert [v.changes for v in small.variants] == [v.changes for v in full.variants[:6]]
     assert [v.seeds for v in small.variants] == [3] * 6
-    assert small.comparisons == full.comparisons
+    assert small.comparisons == {"the parts": full.comparisons["the parts"]}
     config = config_lib.load("configs/ablation_camvid_small.py")
     assert config.train.steps * config.train.batch_size == 2720
 
@@ -95,11 +96,28 @@ def test_questions_about_other_variants_are_refused(tmp_path):
     )
     with pytest.raises(ConfigError, match=r"get_comparisons\(\) names 'b'; there are a"):
         grid.load(str(path))
-    assert len(grid.load("configs/ablation_camvid.py").comparisons) == 8
+
+
+def test_every_variant_of_the_packaged_grid_is_asked_about():
+    found = grid.load("configs/ablation_camvid.py")
+    assert [len(rows) for rows in found.comparisons.values()] == [8, 4, 4, 4, 5]
+    rows = [row for questions in found.comparisons.values() for row in questions]
+    asked = {name for row in rows for name in row[:2]}
+    assert asked == {variant.name for variant in found.variants}
+    assert len(set(rows)) == len(rows)
+
+
+def test_the_recipe_and_its_title_are_those_of_the_file():
+    found = grid.load("configs/ablation_camvid.py")
+    assert found.title.startswith("The full recipe")
+    assert (found.recipe["train.epochs"], found.recipe["train.steps"]) == (200.0, 0)
+    small = grid.load("configs/ablation_camvid_small.py")
+    assert small.title == "Reduced protocol: crops of 240, 340 steps, on one CPU core"
+    assert (small.recipe["data.crop_size"], small.recipe["train.steps"]) == (240, 340)
 
 
 def test_without_questions_every_variant_is_compared_with_the_first():
-    found = grid.load("configs/ablation_grids.py").comparisons
+    found = grid.load("configs/ablation_grids.py").comparisons[""]
     assert found[0] == ("corners", "stride", "model.resize_grid=stride")
     assert [(a, b) for a, b, _ in found[1:]] == [("corners", "no_antialias")]
 
@@ -178,6 +196,39 @@ def test_runs_of_two_budgets_do_not_mix(fake, tmp_path):
         results.check(run, run.variant.config(base, 0))
 
 
+def test_runs_with_and_without_initial_weights_do_not_mix(fake, tmp_path):
+    results, base = Results(tmp_path), config_lib.default()
+    base.init.weights = "one.npz"
+    run = Run(TWO[0], 0)
+    train_all(base, [run], results, float("inf"), False)
+    base.init.weights = "elsewhere/one.npz"
+    results.check(run, run.variant.config(base, 0))
+    base.init.weights = ""
+    with pytest.raises(ConfigError, match=r"run with init\.weights='a file' \(now ''\)"):
+        results.check(run, run.variant.config(base, 0))
+
+
+def test_runs_from_two_files_of_weights_do_not_mix(fake, tmp_path):
+    """Where both are known: runs from before have no digest."""
+    results, base = Results(tmp_path), config_lib.default()
+    base.init.weights = str(tmp_path / "one.npz")
+    run = Run(TWO[0], 0)
+    config, digests = run.variant.config(base, 0), []
+    for content in (b"one", b"two"):
+        (tmp_path / "one.npz").write_bytes(content)
+        digests.append(weights_digest(config.init.weights, config.init.source))
+    assert digests[0] == hashlib.sha256(b"one").hexdigest()
+    assert weights_digest("", "") == ""
+    train_all(base, [run], results, float("inf"), False)
+    results.check(run, config, digests[1])
+    results.write(run, results.done(run) | {"weights_sha256": digests[0]})
+    results.check(run, config, digests[0])
+    results.check(run, config)
+    expected = rf"init\.weights of SHA-256 {digests[0][:8]} \(now {digests[1][:8]}\)"
+    with pytest.raises(ConfigError, match=expected):
+        results.check(run, config, digests[1])
+
+
 def test_a_run_that_was_cut_off_is_begun_and_keeps_its_budget(fake, tmp_path, monkeypatch):
     results, base = Results(tmp_path), config_lib.default()
     run = Run(TWO[0], 0)
@@ -213,3 +264,12 @@ def test_the_command_lists_its_runs(tmp_path):
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
     assert [line.split()[0] for line in result.stdout.splitlines()] == ["duc-seed0", "duc-seed4"]
+
+
+def test_the_page_of_a_committed_workdir_names_it(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    command = "python -m duc_dlc_jax.ablate --report"
+    inside = report_command("mine.py", tmp_path / "docs" / "mine", "docs/mine.md")
+    assert inside == f"{command} --config=mine.py --workdir=docs/mine --output=docs/mine.md"
+    outside = report_command("", tmp_path / "runs", "mine.md")
+    assert outside == f"{command} --workdir=DIR --output=mine.md"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
+import os
 import subprocess
 import sys
 import time
@@ -14,12 +16,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import duc_dlc_jax
 from duc_dlc_jax import boundaries, sharding, workdirs
 from duc_dlc_jax import config as config_lib
 from duc_dlc_jax.ablate import crops, runner
 from duc_dlc_jax.ablate.grid import Variant, parts
 from duc_dlc_jax.ablate.results import Files, Results
 from duc_dlc_jax.data.labels import IGNORE
+from duc_dlc_jax.models import pretrained
 from duc_dlc_jax.train import train
 from networks import NARROW, jit
 from runs import environment, grid_file, run, tiny_config
@@ -71,6 +75,36 @@ def test_a_run_is_the_training_run_of_its_configuration(trained):
     assert np.any(matrices[0] != matrices[1])
 
 
+def test_a_run_says_which_weights_it_read_and_keeps_that_when_it_goes_on(
+    trained, tmp_path, monkeypatch
+):
+    """The file is another one when it goes on: what it began from counts."""
+    config = trained.config.copy_and_resolve_references()
+    config.train.checkpoint_every = 3
+    config.init.weights = str(tmp_path / "weights.npz")
+    monkeypatch.setattr(
+        pretrained,
+        "load_backbone",
+        lambda path, source, params, stats, model: (params, stats, None),
+    )
+    trainer, files, steps = trained.trainer, Files(unfinished=tmp_path / "unfinished"), []
+    step = trainer._step
+
+    def stopping(*arguments):
+        steps.append(1)
+        if len(steps) == 4:
+            raise KeyboardInterrupt
+        return step(*arguments)
+
+    monkeypatch.setattr(trainer, "_step", stopping)
+    (tmp_path / "weights.npz").write_bytes(b"one")
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run(config, files)
+    (tmp_path / "weights.npz").write_bytes(b"two")
+    result = trainer.run(config, files)
+    assert result["weights_sha256"] == hashlib.sha256(b"one").hexdigest()
+
+
 def test_seeds_share_the_compiled_program(trained):
     assert trained.results[0]["seconds"]["compile"] > 0
     assert [result["seconds"]["compile"] for result in trained.results[1:]] == [0, 0]
@@ -88,6 +122,10 @@ def test_a_result_holds_what_the_tables_need(trained):
     assert result["step_bytes_per_device"] > 0
     assert result["val"]["boundary"]["f"].keys() == result["val"]["iou"].keys()
     assert result["hardware"]["device"] == "cpu"
+    assert result["hardware"]["cpu"]
+    assert result["hardware"]["usable_cores"] == len(os.sched_getaffinity(0))
+    assert result["code"]["version"] == duc_dlc_jax.__version__
+    assert result["weights_sha256"] == ""
     assert sum(v for k, v in result["seconds"].items() if k != "total") == pytest.approx(
         result["seconds"]["total"]
     )

@@ -8,6 +8,8 @@ within a run from its last checkpoint, and several at once share the runs among 
 
 from __future__ import annotations
 
+import functools
+import os
 import time
 from typing import Any
 
@@ -16,7 +18,7 @@ from ml_collections import config_flags
 
 from duc_dlc_jax import cli, storage
 from duc_dlc_jax.ablate import grid
-from duc_dlc_jax.ablate.results import Results
+from duc_dlc_jax.ablate.results import Results, weights_digest
 from duc_dlc_jax.config import ConfigError
 from duc_dlc_jax.progress import clock
 
@@ -95,13 +97,20 @@ def summary(runs: list[grid.Run], results: Results) -> str:
     return f"{len(runs) - len(left)} of {len(runs)} runs are done{elsewhere}"
 
 
-def write_report(results: Results, output: str, whole: grid.Grid | None) -> None:
+def report_command(config: str, workdir: os.PathLike[str], output: str) -> str:
+    """What the page says that it was made by: a workdir outside of docs/ is nobody else's."""
+    committed = os.path.relpath(workdir).split(os.sep)[0] == "docs"
+    words = ["python -m duc_dlc_jax.ablate --report", *[f"--config={config}"] * bool(config)]
+    words += [f"--workdir={os.path.relpath(workdir) if committed else 'DIR'}"]
+    return " ".join([*words, f"--output={output}"])
+
+
+def write_report(results: Results, output: str, whole: grid.Grid | None, command: str) -> None:
     """whole: the grid as it is now, which may have grown since the runs."""
     from duc_dlc_jax.ablate import report  # late: SciPy and plots
 
     if whole:
         results.write_grid(whole)
-    command = f"python -m duc_dlc_jax.ablate --report --workdir=DIR --output={output}"
     report.write(results, output, command)
     print(f"written: {output}")
 
@@ -110,27 +119,31 @@ def main(_) -> None:
     args = flags.FLAGS
     workdir = storage.local("--workdir", args.workdir)
     results = Results(workdir)
-    given = args.config is not None
-    whole = grid.load(config_flags.get_config_filename(args["config"])) if given else None
+    base = args.config
+    path = config_flags.get_config_filename(args["config"]) if base is not None else ""
+    whole = grid.load(path) if path else None
     if args.report:
-        write_report(results, args.output, whole)
+        write_report(results, args.output, whole, report_command(path, workdir, args.output))
         return
-    if whole is None:
+    if base is None or whole is None:
         raise ConfigError("--config=FILE is missing; see configs/ablation_camvid.py")
     try:
         seeds = [int(seed) for seed in args.seeds] or None
     except ValueError as error:
         raise ConfigError(f"--seeds={','.join(args.seeds)}; allowed: 0,1,2") from error
     runs = grid.runs(whole.variants, args.only, seeds)
+    digest = functools.cache(weights_digest)
     for run in runs:  # before anything is compiled
-        results.check(run, run.variant.config(args.config, run.seed))
+        own = run.variant.config(base, run.seed)
+        known = "" if args.list else digest(own.init.weights, own.init.source)
+        results.check(run, own, known)
     if args.list:
         print(listed(runs, results))
         return
     results.write_grid(whole)
     cli.use_compilation_cache(workdir)
     limit = args.stop_after_s or args.max_hours * 3600 or float("inf")
-    train_all(args.config, runs, results, limit, args.weights)
+    train_all(base, runs, results, limit, args.weights)
     print(f"{summary(runs, results)}; the same command goes on")
 
 

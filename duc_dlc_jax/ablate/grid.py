@@ -54,15 +54,23 @@ def parts(upsampling: str, context: str, **model: Any) -> dict[str, Any]:
     return {f"model.{name}": value for name, value in model.items()}
 
 
+Question = tuple[str, str, str]  # first, second, in words: answered by second - first
+# Of a recipe, what says how long and on how much a network is trained.
+BUDGET = ("train.epochs", "train.steps", "train.batch_size", "data.crop_size")
+
+
 @dataclasses.dataclass(frozen=True)
 class Grid:
     """Variants in the order in which they run, and the questions that their runs answer.
 
-    comparisons: (first, second, question), to be answered by second - first.
+    comparisons: questions by family, the main one first; verdicts are corrected within each.
+    title: the protocol in words. recipe: the fields of `BUDGET` as the configuration file has them.
     """
 
     variants: tuple[Variant, ...]
-    comparisons: tuple[tuple[str, str, str], ...] = ()
+    comparisons: Mapping[str, tuple[Question, ...]] = dataclasses.field(default_factory=dict)
+    title: str = ""
+    recipe: Changes = dataclasses.field(default_factory=dict)
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=1)
@@ -71,16 +79,23 @@ class Grid:
     def from_json(cls, text: str) -> Grid:
         fields = json.loads(text)
         variants = tuple(Variant(**variant) for variant in fields["variants"])
-        return cls(variants, tuple((a, b, c) for a, b, c in fields["comparisons"]))
+        comparisons = _families(fields["comparisons"])
+        return cls(variants, comparisons, fields.get("title", ""), fields.get("recipe", {}))
+
+
+def _families(comparisons: Mapping[str, Sequence] | Sequence) -> dict[str, tuple[Question, ...]]:
+    """Questions by family; a mere list of them is one family without a name."""
+    named = comparisons if isinstance(comparisons, Mapping) else {"": comparisons}
+    return {name: tuple((a, b, c) for a, b, c in rows) for name, rows in named.items()}
 
 
 def load(path: str) -> Grid:
-    """What `get_variants` and `get_comparisons` of a configuration file return.
+    """What `get_variants`, `get_comparisons` and `get_title` of a configuration file return.
 
     Without the second every variant is compared with the first one. Raises ConfigError where the
     file has no variants, two of one name, or a question about others.
     """
-    path, _ = config_lib.split_argument(config_lib.find(path))
+    path, argument = config_lib.split_argument(config_lib.find(path))
     functions = runpy.run_path(path)
     if "get_variants" not in functions:
         raise ConfigError(
@@ -93,15 +108,20 @@ def load(path: str) -> Grid:
     if twice:
         raise ConfigError(f"{path}: several variants are called {', '.join(twice)}")
     if "get_comparisons" in functions:
-        comparisons = tuple(functions["get_comparisons"]())
+        comparisons = _families(functions["get_comparisons"]())
     else:
-        comparisons = tuple((names[0], v.name, v.note or said(v.changes)) for v in variants[1:])
-    for name in (name for row in comparisons for name in row[:2]):
+        comparisons = _families(
+            [(names[0], v.name, v.note or said(v.changes)) for v in variants[1:]]
+        )
+    asked = [name for rows in comparisons.values() for row in rows for name in row[:2]]
+    for name in asked:
         if name not in names:
             raise ConfigError(
                 f"{path}: get_comparisons() names {name!r}; there are {', '.join(names)}"
             )
-    return Grid(variants, comparisons)
+    title = functions["get_title"]() if "get_title" in functions else ""
+    fields = dict(config_lib.fields(functions["get_config"](*argument)))
+    return Grid(variants, comparisons, title, {name: fields[name] for name in BUDGET})
 
 
 def said(changes: Changes) -> str:

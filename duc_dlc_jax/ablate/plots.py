@@ -2,59 +2,75 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
 from PIL import Image
 
 from duc_dlc_jax.ablate import crops
+from duc_dlc_jax.ablate.results import Results
 from duc_dlc_jax.ablate.statistics import half_width
+from duc_dlc_jax.ablate.table import Table
 
-if TYPE_CHECKING:
-    from duc_dlc_jax.ablate.report import Table
-    from duc_dlc_jax.ablate.results import Results
-
+CROPS = "crops.png"
 SIZE, DPI = (7.0, 4.5), 150  # inches, dots per inch
 
 
-def write(table: Table, folder: Path, results: Results) -> list[tuple[str, str]]:
-    """Writes the plots and returns (file name, what it shows) of each; results: with the masks."""
-    folder.mkdir(parents=True, exist_ok=True)
+@dataclasses.dataclass(frozen=True)
+class Plot:
+    """A file's name, what it shows, and what draws it on a figure's axes."""
+
+    name: str
+    text: str
+    draw: Callable[[Any], None]
+
+
+def listed(table: Table, results: Results) -> list[Plot]:
+    """The plots of a page; results: with the masks."""
     text = "Mean val mIoU with its 95% confidence interval against "
-    made = [
-        ("cost_macs.png", text + "multiply-adds", lambda f: _cost(table, f, table.gmacs, "GMACs")),
+    found = [
+        Plot(
+            "cost_macs.png",
+            text + "multiply-adds",
+            lambda axes: _cost(table, axes, table.gmacs, "GMACs"),
+        )
     ]
     if all(table.rates(name) for name in table.runs):
-        made.append(
-            (
+        label = f"training images/s on {table.device}"
+        found.append(
+            Plot(
                 "cost_rate.png",
                 text + "the training rate",
-                lambda f: _cost(
-                    table,
-                    f,
-                    lambda name: table.rates(name)["train"],
-                    f"training images/s on {table.device}",
-                ),
+                lambda axes: _cost(table, axes, lambda name: table.rates(name)["train"], label),
             )
         )
     by_size = "Boundary IoU of each class, from the rarest to the most common"
-    made.append(("boundary_by_class.png", by_size, lambda f: _boundary(table, f)))
+    found.append(Plot("boundary_by_class.png", by_size, lambda axes: _boundary(table, axes)))
     if any(len(r["curve"]) > 1 for runs in table.runs.values() for r in runs):
-        made.append(("curves.png", "Val mIoU while training", lambda f: _curves(table, f)))
-    shown = {f"{n}-seed{seed}": n for n, seed in table.crop_runs().items()}
-    masks = {n: _coloured(path) for n in ("label", *shown) if (path := results.masks(n)).exists()}
-    if shown and len(masks) == len(shown) + 1:
+        found.append(
+            Plot("curves.png", "Val mIoU while training", lambda axes: _curves(table, axes))
+        )
+    titles = {"label": "label"} | {f"{n}-seed{seed}": n for n, seed in table.crop_runs().items()}
+    masks = {name: results.masks(name) for name in titles}
+    if len(masks) > 1 and all(path.exists() for path in masks.values()):
         text = "The crops: the label, and what each network makes of it (its lowest seed)"
-        titles = {"label": "label"} | shown
-        made.append(("crops.png", text, lambda f: _crops(f, masks, titles)))
-    for name, _, draw in made:
+        found.append(Plot(CROPS, text, lambda axes: _crops(axes, masks, titles)))
+    return found
+
+
+def write(found: Sequence[Plot], folder: Path) -> None:
+    """Draws each into the folder; raises ImportError without matplotlib."""
+    from matplotlib.figure import Figure  # late: the page's text needs no extra
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for plot in found:
         figure = Figure(figsize=SIZE)
-        draw(figure.subplots())
+        plot.draw(figure.subplots())
         figure.tight_layout()
-        figure.savefig(folder / name, dpi=DPI, metadata={"Software": None})
-    return [(name, text) for name, text, _ in made]
+        figure.savefig(folder / plot.name, dpi=DPI, metadata={"Software": None})
 
 
 def _coloured(path: Path) -> list[np.ndarray]:
@@ -63,13 +79,14 @@ def _coloured(path: Path) -> list[np.ndarray]:
         return crops.split(np.asarray(image.convert("RGB")))
 
 
-def _crops(axes: Any, masks: dict[str, list[np.ndarray]], titles: dict[str, str]) -> None:
+def _crops(axes: Any, masks: dict[str, Path], titles: dict[str, str]) -> None:
     """A row per crop, a column per network, side by side in one picture."""
-    figure, count = axes.figure, len(masks["label"])
+    columns = {name: _coloured(path) for name, path in masks.items()}
+    figure, count = axes.figure, len(columns["label"])
     axes.remove()
-    figure.set_size_inches(1.25 * len(masks) + 0.3, 1.25 * count + 0.3)
-    grid = figure.subplots(count, len(masks), squeeze=False)
-    for column, (name, squares) in enumerate(masks.items()):
+    figure.set_size_inches(1.25 * len(columns) + 0.3, 1.25 * count + 0.3)
+    grid = figure.subplots(count, len(columns), squeeze=False)
+    for column, (name, squares) in enumerate(columns.items()):
         grid[0, column].set_title(titles[name], fontsize=8)
         for row, square in enumerate(squares):
             grid[row, column].imshow(square, interpolation="nearest")
@@ -96,8 +113,8 @@ def _cost(table: Table, axes: Any, cost: Any, label: str) -> None:
 
 
 def _boundary(table: Table, axes: Any) -> None:
-    """Of the variants that the grid's questions are about."""
-    names = table.asked_about()
+    """Of the variants of the main questions."""
+    names = table.shown()
     pixels = next(iter(table.runs.values()))[0]["val"]["pixels"]
     labels = sorted(pixels, key=lambda c: pixels[c])
     for i, name in enumerate(names):

@@ -1,146 +1,54 @@
-"""`--report`: the files of a grid's runs -> a page with tables, paired differences and plots."""
+"""`--report`: the files of a grid's runs -> a page with a verdict, tables and plots."""
 
 from __future__ import annotations
 
 import collections
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from absl import logging
 
 from duc_dlc_jax import config as config_lib
 from duc_dlc_jax import markdown
-from duc_dlc_jax.ablate.grid import Grid
-from duc_dlc_jax.ablate.results import CIRCUMSTANCES, Results
-from duc_dlc_jax.ablate.statistics import Difference, half_width, paired, verdicts
-from duc_dlc_jax.config import ConfigError
-
-Result = dict[str, Any]
-SCORES: dict[str, Callable[[Result], float]] = {
-    "mIoU": lambda r: r["val"]["mIoU"],
-    "PA": lambda r: r["val"]["PA"],
-    "boundary IoU": lambda r: r["val"]["boundary"]["mean_iou"],
-    "boundary F": lambda r: r["val"]["boundary"]["mean_f"],
-}
-COMPARED = ("mIoU", "PA", "boundary IoU")
-CROPS = "crops.png"
-
-
-class Table:
-    """The ended runs by variant, in the grid's order.
-
-    Raises ConfigError where there are none, and where they had different budgets.
-    """
-
-    def __init__(self, grid: Grid, found: Sequence[Result]):
-        if not found:
-            raise ConfigError("no run has ended yet: there is nothing to report")
-        listed = {variant.name: variant for variant in grid.variants}
-        unknown = sorted({r["variant"] for r in found} - listed.keys())
-        if unknown:
-            raise ConfigError(f"runs of variants that grid.json lacks: {', '.join(unknown)}")
-        _check_budgets(found, listed)
-        by_name = collections.defaultdict(list)
-        for result in sorted(found, key=lambda r: r["seed"]):
-            by_name[result["variant"]].append(result)
-        self.runs = {name: by_name[name] for name in listed if by_name[name]}
-        self.grid = grid
-        devices = collections.Counter(r["hardware"]["device"] for r in found)
-        self.device = devices.most_common(1)[0][0]  # whose rates are shown
-        self.devices = devices
-
-    def scores(self, name: str, score: str) -> dict[int, float]:
-        """Seed -> score of a variant's runs."""
-        return {r["seed"]: SCORES[score](r) for r in self.runs.get(name, [])}
-
-    def rates(self, name: str) -> dict[str, float]:
-        """Median images/s, on the device that most runs had; empty where it had none."""
-        rows = [r for r in self.runs[name] if r["hardware"]["device"] == self.device]
-        kinds = rows[0]["images_per_second"] if rows else ()
-        return {k: float(np.median([r["images_per_second"][k] for r in rows])) for k in kinds}
-
-    def gmacs(self, name: str) -> float:
-        return sum(self.runs[name][0]["macs"].values()) / 1e9
-
-    def missing(self) -> list[tuple[str, list[int]]]:
-        """Variants and those of their seeds that have not ended."""
-        rows = []
-        for variant in self.grid.variants:
-            done = {r["seed"] for r in self.runs.get(variant.name, [])}
-            rows.append((variant.name, [s for s in range(variant.seeds) if s not in done]))
-        return [row for row in rows if row[1]]
-
-    def comparisons(self) -> list[tuple[str, str, str]]:
-        """(first, second, question) of the grid whose variants both have runs."""
-        return [c for c in self.grid.comparisons if c[0] in self.runs and c[1] in self.runs]
-
-    def asked_about(self) -> list[str]:
-        """The variants that the grid's questions are about, or all, in the grid's order."""
-        asked = {name for question in self.comparisons() for name in question[:2]}
-        return [name for name in self.runs if name in asked] or list(self.runs)
-
-    def crops(self, name: str) -> dict[int, list[float]]:
-        """Seed -> boundary IoU of each crop, of runs that have them; NaN: all ignored."""
-        return {
-            r["seed"]: [np.nan if c["boundary_iou"] is None else c["boundary_iou"] for c in kept]
-            for r in self.runs[name]
-            if (kept := r.get("crops"))
-        }
-
-    def crop_runs(self) -> dict[str, int]:
-        """Variant -> its lowest seed with crops, of those that the questions are about."""
-        return {n: min(self.crops(n)) for n in self.asked_about() if self.crops(n)}
-
-
-def _check_budgets(found: Sequence[Result], listed: dict) -> None:
-    """Raises ConfigError unless the runs differ in what their variants change, and in seeds."""
-    first: dict[str, tuple[str, Any]] = {}
-    for result in found:
-        name = f"{result['variant']}-seed{result['seed']}"
-        changed = {*listed[result["variant"]].changes, "seed", *CIRCUMSTANCES}
-        config = config_lib.default().unlock()
-        config.update(result["config"])
-        for field, value in config_lib.fields(config):
-            if field in changed:
-                continue
-            other, expected = first.setdefault(field, (name, value))
-            if _plain(value) != _plain(expected):
-                raise ConfigError(
-                    f"runs of two budgets: {field} is {expected!r} in {other} and {value!r} in "
-                    f"{name}"
-                )
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
+from duc_dlc_jax.ablate import answers, plots
+from duc_dlc_jax.ablate.answers import interval
+from duc_dlc_jax.ablate.results import Results
+from duc_dlc_jax.ablate.statistics import half_width, paired, verdicts
+from duc_dlc_jax.ablate.table import SCORES, Result, Table, code, device, host
 
 
 def write(results: Results, output: str | Path, command: str) -> None:
     """Writes the page, and its plots as PNGs into a folder beside it that is named like it."""
     table, output = Table(results.grid(), results.all()), Path(output)
+    drawn = plots.listed(table, results)
     output.parent.mkdir(parents=True, exist_ok=True)
-    pictures: list[tuple[str, str]] = []
     try:
-        from duc_dlc_jax.ablate import plots
-
-        pictures = plots.write(table, output.with_suffix(""), results)
+        plots.write(drawn, output.with_suffix(""))
     except ImportError:
         logging.warning("no plots: they need matplotlib, pip install 'duc-dlc-jax[plots]'")
+        drawn = []
+    output.write_text(page(table, results, command, output.stem, drawn))
+
+
+def page(
+    table: Table, results: Results, command: str, folder: str, drawn: Sequence[plots.Plot]
+) -> str:
+    """The text; command: what makes it. folder: of the plots."""
     parts = [
         _head(table, command),
+        answers.verdict(table),
         _main_table(table),
-        *_differences(table),
-        *(f"![{text}]({output.stem}/{name})" for name, text in pictures if name != CROPS),
+        *answers.differences(table),
+        *(f"![{p.text}]({folder}/{p.name})" for p in drawn if p.name != plots.CROPS),
         _crops(table),
-        *(f"![{text}]({output.stem}/{name})" for name, text in pictures if name == CROPS),
+        *(f"![{p.text}]({folder}/{p.name})" for p in drawn if p.name == plots.CROPS),
         _per_class(table, "IoU", lambda r: r["val"]["iou"]),
         _per_class(table, "Boundary IoU", lambda r: r["val"]["boundary"]["iou"]),
         _not_done(table, results),
         _single_runs(table),
     ]
-    output.write_text("\n\n".join(part for part in parts if part) + "\n")
+    return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def _head(table: Table, command: str) -> str:
@@ -148,34 +56,90 @@ def _head(table: Table, command: str) -> str:
     config, first = every[0]["config"], every[0]
     hours = sum(r["seconds"]["total"] for r in every) / 3600
     devices = ", ".join(f"{n} on {device}" for device, n in table.devices.most_common())
-    versions = ", ".join(sorted({f"JAX {r['hardware']['jax']}" for r in every}))
+    hosts = sorted({host(r) for r in every} - {""})
+    ran_on = "; ".join(
+        [
+            devices,
+            *[f"beside {', '.join(hosts)}"] * bool(hosts),
+            ", ".join(sorted({f"JAX {r['hardware']['jax']}" for r in every})),
+            _codes(every),
+        ]
+    )
     train, val = first["images"]
     widths = first["val"]["boundary"]["widths"]
     crops = first["steps"] * config["train"]["batch_size"]
-    return "\n".join(
-        [
-            f"# Ablation on {config['data']['name']}",
-            "",
-            "Made from the runs' files by",
-            "",
-            f"```\n$ {command}\n```",
-            "",
-            f"{len(every)} runs of {len(table.runs)} variants ({devices}; {versions}), "
-            f"{hours:.1f} hours in all. Each was trained on {train} images for {first['steps']} "
-            f"steps of {config['train']['batch_size']} crops of {config['data']['crop_size']} "
-            f"pixels ({crops / train:.0f} epochs, {config['model']['dtype']}, "
-            f"{'ImageNet weights' if config['init']['weights'] else 'from scratch'}), and scored "
-            f"after its last step on {val} images: {first['val']['protocol']}. "
-            f"{widths[:1].upper()}{widths[1:]}. Runs of one seed saw the same "
-            "crops in the same order.",
-        ]
+    parts = [
+        f"# Ablation on {config['data']['name']}",
+        f"**{table.grid.title}.**" if table.grid.title else "",
+        _other_budget(table),
+        f"Made from the runs' files by\n\n```\n$ {command}\n```",
+        f"{len(every)} runs of {len(table.runs)} variants ({ran_on}), "
+        f"{hours:.1f} hours in all. Each was trained on {train} images for {first['steps']} "
+        f"steps of {config['train']['batch_size']} crops of {config['data']['crop_size']} "
+        f"pixels ({crops / train:.0f} epochs, {config['model']['dtype']}, "
+        f"{'ImageNet weights' if config['init']['weights'] else 'from scratch'}), and scored "
+        f"after its last step on {val} images: {first['val']['protocol']}. "
+        f"{widths[:1].upper()}{widths[1:]}. Runs of one seed saw the same "
+        f"crops in the same order. {_learning_rate(table)}",
+    ]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _codes(every: Sequence[Result]) -> str:
+    """The code of the runs, as far as their files say."""
+    counts = collections.Counter(code(r) for r in every)
+    unknown = counts.pop("", 0)
+    said = [f"{n} by {text}" for text, n in counts.most_common()]
+    said += [f"the code of {unknown} is not recorded"] * bool(unknown)
+    return ", ".join(said)
+
+
+def _other_budget(table: Table) -> str:
+    """That the runs are not as long as the configuration says, or not on such crops."""
+    config = config_lib.default().unlock()
+    config.update(next(iter(table.runs.values()))[0]["config"])
+    had = dict(config_lib.fields(config))
+    differ = [
+        f"{name}={had[name]} ({value} there)"
+        for name, value in table.grid.recipe.items()
+        if had[name] != value
+    ]
+    if not differ:
+        return ""
+    return f"**Not with the configuration's budget: these runs have {', '.join(differ)}.**"
+
+
+def _learning_rate(table: Table) -> str:
+    """That there is one for all; and, of pre-trained networks, how much each has to learn anew."""
+    runs = [found[0] for found in table.runs.values()]
+    config = runs[0]["config"]
+    rates = sorted({r["config"]["optimizer"]["learning_rate"] for r in runs})
+    if len(rates) > 1:
+        return ""
+    factor = config["optimizer"]["new_layer_multiplier"]
+    new_layers = f", {factor:g} times that outside the backbone" if factor != 1 else ""
+    said = f"One learning rate serves all variants, {rates[0]:g}{new_layers}, tuned for none here."
+    if not config["init"]["weights"]:
+        return said
+    new = {r["variant"]: _beside_the_backbone(r) / 1e6 for r in runs}
+    most = max(new, key=lambda name: new[name])
+    return (
+        f"{said} What is not backbone starts from random values, {min(new.values()):.1f} to "
+        f"{max(new.values()):.1f} million parameters (`{most}`): a short training disfavours those "
+        "with more."
     )
+
+
+def _beside_the_backbone(result: Result) -> int:
+    return sum(count for part, count in result["parameters"].items() if part != "backbone")
 
 
 def _main_table(table: Table) -> str:
     head = ["variant", "upsampling, context", "grid of context", "seeds", *SCORES]
-    timed, rows = any(table.rates(name) for name in table.runs), []
+    timed, several = bool(table.device), len(table.devices) > 1
     head += ["parameters", "GMACs", *["train images/s", "label images/s"] * timed, "step memory"]
+    head += ["device"] * several
+    rows = []
     for name, runs in table.runs.items():
         model, rates = runs[0]["config"]["model"], table.rates(name)
         values = [list(table.scores(name, score).values()) for score in SCORES]
@@ -188,20 +152,46 @@ def _main_table(table: Table) -> str:
                 *(_spread(v) for v in values),
                 f"{sum(runs[0]['parameters'].values()):,}",
                 f"{table.gmacs(name):.1f}",
-                *[_rate(rates[k]) if k in rates else "" for k in ("train", "label")] * timed,
-                f"{max(r['step_bytes_per_device'] for r in runs) / 2**30:.1f} GiB",
+                *[_rate(rates[k]) if k in rates else "-" for k in ("train", "label")] * timed,
+                _memory(table.memory(name)),
+                *[", ".join(table.on(name))] * several,
             ]
         )
     size = "x".join(map(str, next(iter(table.runs.values()))[0]["macs_image"]))
-    said = (
-        f"Rates are those of {table.device}: of the training step on a batch that stays there, and "
-        "of labelling images from the host. "
-    )
     text = (
         "Mean ± standard deviation over the seeds. GMACs: multiply-adds of the convolutions for an "
-        f"image of {size}. {said * timed}Memory is what the compiled training step needs."
+        f"image of {size}. {_rates_said(table)} Memory is what the compiled training step needs."
     )
     return "\n".join(["## Scores and costs", "", text, "", markdown.table(head, rows)])
+
+
+def _rates_said(table: Table) -> str:
+    """What rates are shown, and why others are not."""
+    left_out = "no rates in the files, out of which they are taken where others used the device"
+    if not table.device:
+        return f"There are {left_out}."
+    said = (
+        f"Rates are those of {table.device}: of the training step on a batch that stays there, and "
+        "of labelling images from the host."
+    )
+    without = [name for name in table.runs if not table.rates(name)]
+    timed = [n for n in without if any(r["images_per_second"] for r in table.runs[n])]
+    if timed:
+        said += f" {_listed(timed)}: timed on other devices alone."
+    if none := [name for name in without if name not in timed]:
+        said += f" {_listed(none)}: {left_out}."
+    return said
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
+
+
+def _memory(found: Mapping[str, int]) -> str:
+    """In GiB, by device where there are several."""
+    if len(found) == 1:
+        return f"{next(iter(found.values())) / 2**30:.1f} GiB"
+    return ", ".join(f"{size / 2**30:.1f} GiB on {name}" for name, size in found.items())
 
 
 def _rate(value: float) -> str:
@@ -214,54 +204,9 @@ def _spread(values: Sequence[float]) -> str:
     return f"{np.mean(values):.4f} ± {np.std(values, ddof=1):.4f}"
 
 
-def _differences(table: Table) -> list[str]:
-    """The questions of the grid: a table of paired differences, and their verdicts in words."""
-    asked = table.comparisons()
-    if not asked:
-        return []
-    family = {
-        score: [paired(table.scores(a, score), table.scores(b, score)) for a, b, _ in asked]
-        for score in COMPARED
-    }
-    told = {score: verdicts(found) for score, found in family.items()}
-    rows = [
-        [
-            f"`{b}` - `{a}`",
-            question,
-            str(len(family["mIoU"][i].values)),
-            *(f"{_interval(family[s][i])}, {told[s][i]}" for s in COMPARED),
-        ]
-        for i, (a, b, question) in enumerate(asked)
-    ]
-    sentences = []
-    for score in COMPARED:
-        groups = collections.defaultdict(list)
-        for (a, b, _), verdict in zip(asked, told[score], strict=True):
-            groups[verdict].append(f"`{b}` - `{a}`")
-        said = "; ".join(f"{verdict}: {', '.join(pairs)}" for verdict, pairs in groups.items())
-        sentences.append(f"- **{score}**: {said}.")
-    text = (
-        "Mean difference over the seeds that both variants have, in points (hundredths), with its "
-        "95% confidence interval by Student's t. *Higher* and *lower* exceed the noise of the "
-        f"seeds at 5% over all {len(asked)} questions together (Holm); *not told apart* does not "
-        "say that there is no difference."
-    )
-    head = ["difference", "question", "seeds", *COMPARED]
-    first = "\n".join(["## What the differences say", "", text, "", markdown.table(head, rows)])
-    return [first, "\n".join(sentences)]
-
-
-def _interval(difference: Difference) -> str:
-    if not difference.values:
-        return "no common seed"
-    if len(difference.values) < 2:
-        return f"{100 * difference.mean:+.2f}"
-    return f"{100 * difference.mean:+.2f} ± {100 * difference.half_width:.2f}"
-
-
 def _per_class(table: Table, title: str, of: Callable[[Result], dict[str, float | None]]) -> str:
-    """Classes from the rarest on, of the variants that the grid's questions are about."""
-    names = table.asked_about()
+    """Classes from the rarest on, of the variants of the main questions."""
+    names = table.shown()
     pixels = next(iter(table.runs.values()))[0]["val"]["pixels"]
     total, rows = sum(pixels.values()), []
     for label in sorted(pixels, key=lambda c: pixels[c]):
@@ -278,7 +223,7 @@ def _per_class(table: Table, title: str, of: Callable[[Result], dict[str, float 
 
 
 def _crops(table: Table) -> str:
-    """Boundary IoU of each crop, and the grid's questions asked of them."""
+    """Boundary IoU of each crop, and the main questions asked of them."""
     found = {name: table.crops(name) for name in table.crop_runs()}
     if not found:
         return ""
@@ -302,18 +247,25 @@ def _crops(table: Table) -> str:
     )
     head = ["crop", "image, left, top", *(f"`{name}`" for name in found)]
     parts = ["## The same crops through each network", "", text, "", markdown.table(head, rows)]
-    asked = [c for c in table.comparisons() if c[0] in found and c[1] in found]
-    over_crops = {n: {s: float(np.nanmean(v)) for s, v in found[n].items()} for n in found}
-    differences = [paired(over_crops[a], over_crops[b]) for a, b, _ in asked]
-    for (a, b, question), difference, verdict in zip(
-        asked, differences, verdicts(differences), strict=True
-    ):
-        more, seeds = int(np.sum(means[b] > means[a])), len(difference.values)
-        parts += [""] * (not parts[-1].startswith("- ")) + [
-            f"- `{b}` - `{a}` ({question}): higher in {more} of {len(first)} crops; mean over the "
-            f"crops {_interval(difference)} points, {seeds} seed{'s' * (seeds != 1)}, {verdict}."
-        ]
-    return "\n".join(parts)
+    parts.append("")
+    questions = table.main_questions()
+    pairs = [(found.get(a, {}), found.get(b, {})) for a, b, _ in questions]
+    differences = [paired(_over_crops(a), _over_crops(b)) for a, b in pairs]
+    told = verdicts(differences)
+    for i, (a, b, question) in enumerate(questions):
+        if common := sorted(pairs[i][0].keys() & pairs[i][1].keys()):
+            one, two = (np.mean([runs[seed] for seed in common], axis=0) for runs in pairs[i])
+            parts.append(
+                f"- `{b}` - `{a}` ({question}): higher in {int(np.sum(two > one))} of {len(first)} "
+                f"crops; mean over the crops {interval(differences[i])} points, {len(common)} "
+                f"seed{'s' * (len(common) != 1)}, {told[i]}."
+            )
+    return "\n".join(parts).rstrip()
+
+
+def _over_crops(runs: dict[int, list[float]]) -> dict[int, float]:
+    """Seed -> mean over the crops that are not ignored."""
+    return {seed: float(np.nanmean(values)) for seed, values in runs.items()}
 
 
 def _not_done(table: Table, results: Results) -> str:
@@ -334,7 +286,7 @@ def _single_runs(table: Table) -> str:
             *(f"{score(r):.4f}" for score in SCORES.values()),
             f"{r['curve'][-1]['loss']:.4f}",
             f"{r['seconds']['total'] / 60:.1f}",
-            r["hardware"]["device"],
+            device(r),
         ]
         for name, runs in table.runs.items()
         for r in runs

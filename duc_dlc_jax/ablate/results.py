@@ -18,10 +18,30 @@ from duc_dlc_jax import storage
 from duc_dlc_jax.ablate import claims
 from duc_dlc_jax.ablate.grid import Grid, Run
 from duc_dlc_jax.config import ConfigError
+from duc_dlc_jax.models import weights as weights_files
 
 # Where the data lie and how they are fed: not part of what a run is.
 CIRCUMSTANCES = ("data.dir", "data.workers", "data.threads", "data.prefetch", "data.in_memory")
-CIRCUMSTANCES += ("init.weights", "train.checkpoint_every")
+CIRCUMSTANCES += ("init.weights", "train.checkpoint_every", "profile")
+
+
+def budget(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """What the runs of one table share, but for what their variants change, by field.
+
+    Of `init.weights` whether there are any: the file's place is a circumstance, its content is
+    compared by `weights_digest`.
+    """
+    found = dict(config_lib.fields(config))
+    weights = {"init.weights": "a file" if found["init.weights"] else ""}
+    return {n: v for n, v in found.items() if n not in CIRCUMSTANCES} | weights
+
+
+def weights_digest(name: str, source: str) -> str:
+    """SHA-256 of the file that `init.weights` and `init.source` stand for; empty: no weights.
+
+    Raises ConfigError as `weights.find`, and FileNotFoundError.
+    """
+    return weights_files.sha256(weights_files.find(name, source)[0]) if name else ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,25 +151,27 @@ class Results:
         """Every ended run in the folder."""
         return [json.loads(path.read_text()) for path in sorted(self.folder.glob("*.json"))]
 
-    def check(self, run: Run, config: ml_collections.ConfigDict) -> None:
+    def check(self, run: Run, config: ml_collections.ConfigDict, digest: str = "") -> None:
         """Raises ConfigError where a run was made, or begun, with another configuration than now.
 
         Rows of one table have one budget: seeds of two recipes do not mix.
+        digest: of the initial weights as they are now; empty: unknown, or none.
         """
-        path, old = self._unfinished(run), ""
+        path, old, known = self._unfinished(run), "", ""
         if self.begun(run):
             with contextlib.suppress(FileNotFoundError):  # another process has just ended it
                 old = (path / "config.json").read_text()
         if (ended := self.done(run)) is not None:
             path, old = self.path(run), json.dumps(ended["config"])
+            known = ended.get("weights_sha256", "")
         if not old:
             return
-        then = dict(config_lib.fields(config_lib.from_json(old)))
-        now = dict(config_lib.fields(config))
-        differ = [n for n in now if then[n] != now[n] and n not in CIRCUMSTANCES]
-        if differ:
-            changed = ", ".join(f"{n}={then[n]!r} (now {now[n]!r})" for n in differ)
+        then, now = budget(config_lib.from_json(old)), budget(config)
+        changed = [f"{n}={then[n]!r} (now {now[n]!r})" for n in now if then[n] != now[n]]
+        if not changed and known and digest and known != digest:
+            changed = [f"init.weights of SHA-256 {known[:8]} (now {digest[:8]})"]
+        if changed:
             raise ConfigError(
-                f"{path} was run with {changed}; set it so again, remove it, or use another "
-                "--workdir"
+                f"{path} was run with {', '.join(changed)}; set it so again, remove it, or use "
+                "another --workdir"
             )

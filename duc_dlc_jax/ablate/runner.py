@@ -22,10 +22,19 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from duc_dlc_jax import describe, evaluate, initial, pictures, protocols, sharding, storage
+from duc_dlc_jax import (
+    describe,
+    evaluate,
+    initial,
+    pictures,
+    protocols,
+    provenance,
+    sharding,
+    storage,
+)  # fmt: skip
 from duc_dlc_jax import optimizer as optimizers
 from duc_dlc_jax.ablate import crops
-from duc_dlc_jax.ablate.results import Files
+from duc_dlc_jax.ablate.results import Files, weights_digest
 from duc_dlc_jax.data import pipeline
 from duc_dlc_jax.data.records import open_records
 from duc_dlc_jax.models import segmenter
@@ -51,7 +60,8 @@ class Course:
     """What a run has recorded so far, as JSON has it.
 
     curve: its points. losses: of the steps since the last point. seconds: by what they went to,
-    without `train`, which is what remains of `total`.
+    without `train`, which is what remains of `total`. weights: SHA-256 of the file that it began
+    from; empty: none.
     """
 
     curve: list[dict[str, float]] = dataclasses.field(default_factory=list)
@@ -59,6 +69,7 @@ class Course:
     seconds: dict[str, float] = dataclasses.field(
         default_factory=lambda: dict.fromkeys(("compile", "evaluate", "save", "total"), 0.0)
     )
+    weights: str = ""
 
     @contextlib.contextmanager
     def spent(self, what: str):
@@ -113,6 +124,7 @@ class Trainer:
         batch = config.eval.batch_size
         self._evaluator = evaluate.Evaluator(self._model, spec, batch, protocol)
         self._rates: dict[str, float] = {}
+        self._code = provenance.code()
 
     def run(self, config: ml_collections.ConfigDict, files: Files | None = None) -> dict[str, Any]:
         """Trains and scores one seed, from its last checkpoint on if it was cut off.
@@ -170,6 +182,8 @@ class Trainer:
             "steps": self._steps,
             "images": [len(self._data.train), len(val)],
             "hardware": hardware(),
+            "code": self._code,
+            "weights_sha256": course.weights,
             "seconds": course.seconds | {"train": course.seconds["total"] - others},
             "curve": course.curve,
             "val": evaluate.summary(scores, val.spec),
@@ -211,7 +225,8 @@ class Trainer:
             step = int(restored[0].step)
             logging.info("going on from step %d in %s", step, saved.directory)
             return restored[0], step, Course(**saved.notes(step))
-        return self._create(variables), 0, Course()
+        digest = weights_digest(config.init.weights, config.init.source)
+        return self._create(variables), 0, Course(weights=digest)
 
     def _compile(self, state, batch, key) -> None:
         """Compiles the step, and reads the memory that it needs on a device."""
@@ -277,7 +292,9 @@ def hardware() -> dict[str, Any]:
         "device": device.device_kind,
         "platform": device.platform,
         "devices": jax.device_count(),
+        "cpu": provenance.cpu(),
         "cores": os.cpu_count(),
+        "usable_cores": provenance.usable_cores(),
         "jax": jax.__version__,
         "python": platform.python_version(),
     }

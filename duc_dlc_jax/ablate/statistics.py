@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from scipy import stats
 
+LEVEL = 0.05  # the chance of a wrong verdict among those of a family
+
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
@@ -49,16 +51,40 @@ def paired(first: Mapping[int, float], second: Mapping[int, float]) -> Differenc
     return Difference(tuple(second[seed] - first[seed] for seed in seeds))
 
 
-def verdicts(differences: Sequence[Difference], level: float = 0.05) -> list[str]:
-    """ "higher", "lower", "not told apart" or "too few seeds", for each of a family of questions.
+def corrected(differences: Sequence[Difference]) -> list[float]:
+    """Holm's p-values of a family of questions, in its order.
 
-    Holm's correction: of m questions asked at once, some would pass at 5% by chance; with it the
-    chance that any verdict of the family is wrong stays below 5%.
+    Of m questions asked at once, some would pass at 5% by chance; where corrected values are held
+    against 5%, the chance that any verdict of the family is wrong stays below it. A question that
+    has no answer yet is one of the m, with p = 1: what is told apart remains so when its runs
+    arrive.
     """
-    told = ["not told apart" if len(d.values) > 1 else "too few seeds" for d in differences]
-    asked = [i for i, d in enumerate(differences) if len(d.values) > 1]
-    for rank, i in enumerate(sorted(asked, key=lambda i: differences[i].p)):
-        if differences[i].p > level / (len(asked) - rank):
-            break
-        told[i] = "higher" if differences[i].mean > 0 else "lower"
+    found, least = [1.0] * len(differences), 0.0
+    for rank, i in enumerate(sorted(range(len(found)), key=lambda i: differences[i].p)):
+        found[i] = least = max(least, min(1.0, differences[i].p * (len(found) - rank)))
+    return found
+
+
+def verdicts(differences: Sequence[Difference]) -> list[str]:
+    """ "higher", "lower", "not told apart" or "too few seeds", for each question of a family."""
+    told = []
+    for difference, p in zip(differences, corrected(differences), strict=True):
+        if len(difference.values) < 2:
+            told.append("too few seeds")
+        elif p > LEVEL:
+            told.append("not told apart")
+        else:
+            told.append("higher" if difference.mean > 0 else "lower")
     return told
+
+
+def smallest(difference: Difference, questions: int) -> float:
+    """The least mean that its seeds and their spread would tell apart as the surest of a family.
+
+    questions: of the family. Infinite for fewer than two seeds.
+    """
+    count = len(difference.values)
+    if count < 2:
+        return math.inf
+    error = np.std(difference.values, ddof=1) / math.sqrt(count)
+    return float(stats.t.isf(LEVEL / questions / 2, count - 1) * error)

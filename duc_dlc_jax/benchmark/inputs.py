@@ -32,6 +32,7 @@ import ml_collections
 import numpy as np
 from PIL import Image
 
+from duc_dlc_jax import provenance
 from duc_dlc_jax.data import pipeline, transforms
 from duc_dlc_jax.data.labels import IGNORE
 from duc_dlc_jax.data.records import Records, open_records
@@ -221,16 +222,13 @@ def write_files(records: Records, folder: pathlib.Path) -> list[tuple[str, str]]
 
 def conditions() -> dict[str, Any]:
     """What figures hold for: processor, cores, load over the last minute, versions."""
-    cpu = platform.processor()
-    with contextlib.suppress(OSError, StopIteration):  # Linux says more
-        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next(line.split(": ")[1] for line in lines if line.startswith("model name"))
     versions = {"python": platform.python_version()}
     for name in ("numpy", "opencv-python-headless", "pillow", "grain", "array-record", "torch"):
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
     load = round(os.getloadavg()[0], 2)
-    return {"cpu": cpu, "cores": os.cpu_count(), "load_average": load, "versions": versions}
+    cpu, cores = provenance.cpu(), os.cpu_count()
+    return {"cpu": cpu, "cores": cores, "load_average": load, "versions": versions}
 
 
 def show(result: dict[str, Any]) -> None:
