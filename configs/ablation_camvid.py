@@ -36,7 +36,7 @@ def get_variants():
         Variant("duc_dense_aspp", parts("duc", "dense_aspp")),
         Variant("duc_ccl", parts("duc", "ccl")),
         Variant("duc_psp", parts("duc", "psp")),
-        Variant("pixel_shuffle", parts("pixel_shuffle", "none"), note="the other DUC"),
+        Variant("pixel_shuffle", parts("pixel_shuffle", "none", output_stride=8), 3, "Wang et al."),
         Variant("jpu", parts("jpu", "none"), note="FastFCN"),
         Variant("dupsampling", parts("dupsampling", "none")),
         Variant("guided_filter", parts("guided_filter", "none")),

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from duc_dlc_jax import config as config_lib
-from duc_dlc_jax import describe, evaluate, optimizer, protocols, train_step
+from duc_dlc_jax import describe, evaluate, grafting, optimizer, protocols, train_step
 from duc_dlc_jax.data.labels import label_spec
 from duc_dlc_jax.models import layers, registry, resizing, segmenter
 from duc_dlc_jax.models.alternatives import guided_filter as gf
@@ -78,7 +78,8 @@ def test_parameters_of_dense_aspp_on_densenet_161():
             9 * 512 * 3584 + 3 * 1024 + 4 * (9 * 1536 + 3072 + 1536 * 512 + 1024),
         ),
         ({"upsampling": "bilinear"}, "bilinear", 9 * 2048 * 512 + 1024),
-        ({"upsampling": "pixel_shuffle"}, "pixel_shuffle", 9_438_208 + 513 * 16 * 512),
+        # 3x3 to the classes of 32 x 32 pixels
+        ({"upsampling": "pixel_shuffle"}, "pixel_shuffle", (9 * 2048 + 1) * 1024 * 11),
         ({"upsampling": "dupsampling"}, "dupsampling", 2049 * 64 + 64 * 32 * 32 * 11 + 1),
         ({"upsampling": "guided_filter"}, "guided_filter", 4 * 64 + 65 * 11),
         ({"context": "ccl"}, "ccl", 512 * 2050 + 9 * 2 * 128 * (512 + 3 * 128) + 8 * 256),
@@ -299,6 +300,16 @@ def test_padding_changes_nothing_on_the_way_to_the_label(upsampling, context, gr
             logits = resizing.interpolate(logits, low, position[:, 0, 0] - low, axis)
     np.testing.assert_allclose(logits[0, : size[0], : size[1]], expected, rtol=0, atol=1e-10)
 
+
+
+@pytest.mark.parametrize("upsampling", grafting.BY_CLASS)
+def test_weights_that_mix_classes_are_taken_for_the_same_classes_alone(upsampling):
+    specs = [label_spec(name) for name in ("camvid", "scenes")]
+    fields = SMALL | {"upsampling": upsampling, "context": "none", "output_stride": 8}
+    trained, fresh = (random_variables(model(spec.num_classes, **fields)) for spec in specs)
+    drawn = grafting.graft(fresh, trained, *specs).drawn
+    assert {path.split("/")[1] for path in drawn} == {upsampling}
+    assert not grafting.graft(trained, trained, specs[0], specs[0]).drawn
 
 @pytest.mark.parametrize(("upsampling", "context"), COMBINATIONS)
 def test_a_training_step_moves_every_parameter(upsampling, context):

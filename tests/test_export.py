@@ -44,7 +44,6 @@ NETWORKS = {  # fields of config.model beside NARROW
         "upsampling": "pixel_shuffle",
         "context": "aspp",
         "context_width": 8,
-        "resize_grid": "half_pixel",
     },
 }
 SMALL, ODD = (64, 96), (61, 45)

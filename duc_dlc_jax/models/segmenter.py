@@ -15,6 +15,7 @@ from duc_dlc_jax.config import ConfigError
 from duc_dlc_jax.models import layers, registry, resizing, valid_cells
 from duc_dlc_jax.models.alternatives.dupsampling import DUpsampling
 from duc_dlc_jax.models.alternatives.guided_filter import GuidedFilter
+from duc_dlc_jax.models.alternatives.pixel_shuffle import PixelShuffle
 from duc_dlc_jax.models.resnet import Bottleneck, ResNet
 
 
@@ -145,6 +146,9 @@ class Segmenter(nn.Module):
             sides = self.num_classes, self.output_stride, self.dupsampling_width
             return DUpsampling(*sides, conv, name="dupsampling")(x, images.shape[1:3])
         logits = self._classify(x, conv, "classifier")
+        if self.upsampling == "pixel_shuffle":
+            module = PixelShuffle(self.num_classes, self.output_stride, conv, name="pixel_shuffle")
+            return module(x, images.shape[1:3])
         if coarse and self.upsampling != "guided_filter":
             return logits
         stride = registry.context_stride(self.upsampling, self.output_stride)
