@@ -48,6 +48,8 @@ def get_variants():
         Variant("duc_dlc_stride", parts("duc", "dlc", resize_grid="stride")),
         Variant("duc_dlc_kernel5", parts("duc", "dlc", guidance_kernel=5)),
         Variant("duc_dlc_half", parts("duc", "dlc", guidance_stride=2)),
+        Variant("duc_dlc_coefficients", parts("duc", "dlc", duc_upsampled="coefficients")),
+        Variant("duc_dlc_output", parts("duc", "dlc", duc_upsampled="output")),
         Variant("duc_dlc_narrow", parts("duc", "dlc", guidance_width=16)),
         Variant("duc_dlc_os16", parts("duc", "dlc", output_stride=16)),
     ]

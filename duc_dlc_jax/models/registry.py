@@ -64,6 +64,7 @@ def upsampled(
             net.guidance_width,
             net.guidance_kernel,
             net.guidance_stride,
+            net.duc_upsampled,
             net.commute_coefficients,
             net.output_stride,
             grid,

@@ -36,6 +36,7 @@ class Segmenter(nn.Module):
     guidance_width: int
     guidance_kernel: int
     guidance_stride: int
+    duc_upsampled: str
     commute_coefficients: bool
     dlc_width: int
     dlc_growth: int
@@ -145,10 +146,10 @@ class Segmenter(nn.Module):
         if self.upsampling == "dupsampling":
             sides = self.num_classes, self.output_stride, self.dupsampling_width
             return DUpsampling(*sides, conv, name="dupsampling")(x, images.shape[1:3])
-        logits = self._classify(x, conv, "classifier")
         if self.upsampling == "pixel_shuffle":
             module = PixelShuffle(self.num_classes, self.output_stride, conv, name="pixel_shuffle")
             return module(x, images.shape[1:3])
+        logits = self._classify(x, conv, "classifier")
         if coarse and self.upsampling != "guided_filter":
             return logits
         stride = registry.context_stride(self.upsampling, self.output_stride)
