@@ -1,4 +1,7 @@
-"""Each alternative to DUC and DLC: its published size, its defining property, exact padding."""
+"""Each alternative to DUC and DLC: its published size, its defining property, exact padding.
+
+What each computes: test_module_forward.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,6 @@ from duc_dlc_jax.models.alternatives.aspp import ASPP
 from duc_dlc_jax.models.alternatives.ccl import CCL
 from duc_dlc_jax.models.alternatives.dense_aspp import DenseASPP
 from duc_dlc_jax.models.alternatives.pixel_shuffle import pixel_shuffle
-from duc_dlc_jax.models.alternatives.psp import PSP
 from networks import NARROW, images_of, jit, on_canvas, random_variables, shapes_of
 from runs import tiny_config
 
@@ -167,46 +169,6 @@ def test_guided_filter_keeps_scores_that_are_linear_in_the_guide():
     np.testing.assert_allclose(ours, scores, rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("size", [(6, 12), (7, 5)])
-def test_psp_means_are_those_of_adaptive_pooling(size):
-    x = np.random.default_rng(0).normal(size=(1, *size, 4))
-    conv, norm = modules(jnp.float64)
-    with jax.enable_x64(True):
-        module = PSP(4, conv, norm)
-        variables = random_variables(module, image=jax.ShapeDtypeStruct(x.shape, jnp.float64))
-        apply = functools.partial(module.apply, capture_intermediates=True)
-        _, captured = jit(apply)(variables, jnp.asarray(x))
-    for bins in (1, 2, 3, 6):
-        kernel = np.asarray(variables["params"][f"bins{bins}_conv"]["kernel"])[0, 0]
-        (ours,) = captured["intermediates"][f"bins{bins}_conv"]["__call__"]
-        for i, j in np.ndindex(bins, bins):
-            rows, columns = (
-                slice(k * n // bins, -(-(k + 1) * n // bins))
-                for k, n in zip((i, j), size, strict=True)
-            )
-            mean = x[0, rows, columns].mean((0, 1))
-            np.testing.assert_allclose(ours[0, i, j], mean @ kernel, rtol=0, atol=1e-12)
-
-
-def test_ccl_is_local_minus_context():
-    conv, norm = modules(jnp.float64)
-    with jax.enable_x64(True):
-        module, x = (
-            CCL(6, 2, (1, 2), conv, norm),
-            np.random.default_rng(0).normal(size=(1, 7, 7, 3)),
-        )
-        variables = random_variables(module, image=jax.ShapeDtypeStruct(x.shape, jnp.float64))
-        apply = jit(functools.partial(module.apply, capture_intermediates=True))
-        y, captured = apply(variables, jnp.asarray(x))
-    for i, rate in enumerate((1, 2)):
-        local, context = (
-            np.asarray(captured["intermediates"][f"d{rate}_{kind}_bn"]["__call__"][0])
-            for kind in ("local", "context")
-        )
-        contrast = np.maximum(local - context, 0)
-        np.testing.assert_allclose(y[..., 6 + 2 * i : 8 + 2 * i], contrast, rtol=0, atol=1e-12)
-
-
 @pytest.mark.parametrize(
     ("module", "first", "expected"),
     [
@@ -301,16 +263,6 @@ def test_padding_changes_nothing_on_the_way_to_the_label(upsampling, context, gr
     np.testing.assert_allclose(logits[0, : size[0], : size[1]], expected, rtol=0, atol=1e-10)
 
 
-
-@pytest.mark.parametrize("upsampling", grafting.BY_CLASS)
-def test_weights_that_mix_classes_are_taken_for_the_same_classes_alone(upsampling):
-    specs = [label_spec(name) for name in ("camvid", "scenes")]
-    fields = SMALL | {"upsampling": upsampling, "context": "none", "output_stride": 8}
-    trained, fresh = (random_variables(model(spec.num_classes, **fields)) for spec in specs)
-    drawn = grafting.graft(fresh, trained, *specs).drawn
-    assert {path.split("/")[1] for path in drawn} == {upsampling}
-    assert not grafting.graft(trained, trained, specs[0], specs[0]).drawn
-
 @pytest.mark.parametrize(("upsampling", "context"), COMBINATIONS)
 def test_a_training_step_moves_every_parameter(upsampling, context):
     changes = {f"model__{k}": v for k, v in SMALL.items()}
@@ -347,3 +299,13 @@ def test_evaluation_at_the_pixels_grid_equals_the_argmax_of_the_logits():
         (seen,) = evaluator.predictions(variables, [example])
         expected = np.asarray(jit(net.apply)(variables, image[None])[0].argmax(-1))
         assert (seen["prediction"] == expected).mean() > 0.999
+
+
+@pytest.mark.parametrize("upsampling", grafting.BY_CLASS)
+def test_weights_that_mix_classes_are_taken_for_the_same_classes_alone(upsampling):
+    specs = [label_spec(name) for name in ("camvid", "scenes")]
+    fields = SMALL | {"upsampling": upsampling, "context": "none", "output_stride": 8}
+    trained, fresh = (random_variables(model(spec.num_classes, **fields)) for spec in specs)
+    drawn = grafting.graft(fresh, trained, *specs).drawn
+    assert {path.split("/")[1] for path in drawn} == {upsampling}
+    assert not grafting.graft(trained, trained, specs[0], specs[0]).drawn
