@@ -36,7 +36,7 @@ def get_variants():
         Variant("duc_dense_aspp", parts("duc", "dense_aspp")),
         Variant("duc_ccl", parts("duc", "ccl")),
         Variant("duc_psp", parts("duc", "psp")),
-        Variant("pixel_shuffle", parts("pixel_shuffle", "none"), note="the other DUC"),
+        Variant("pixel_shuffle", parts("pixel_shuffle", "none", output_stride=8), 3, "Wang et al."),
         Variant("jpu", parts("jpu", "none"), note="FastFCN"),
         Variant("dupsampling", parts("dupsampling", "none")),
         Variant("guided_filter", parts("guided_filter", "none")),
@@ -48,6 +48,8 @@ def get_variants():
         Variant("duc_dlc_stride", parts("duc", "dlc", resize_grid="stride")),
         Variant("duc_dlc_kernel5", parts("duc", "dlc", guidance_kernel=5)),
         Variant("duc_dlc_half", parts("duc", "dlc", guidance_stride=2)),
+        Variant("duc_dlc_coefficients", parts("duc", "dlc", duc_upsampled="coefficients")),
+        Variant("duc_dlc_output", parts("duc", "dlc", duc_upsampled="output")),
         Variant("duc_dlc_narrow", parts("duc", "dlc", guidance_width=16)),
         Variant("duc_dlc_os16", parts("duc", "dlc", output_stride=16)),
     ]

@@ -37,6 +37,7 @@ CHOICES = {
     "model.context": ("dlc", "none", "fcn", "aspp", "dense_aspp", "ccl", "psp"),
     "model.guidance_kernel": (3, 5),
     "model.guidance_stride": (1, 2),
+    "model.duc_upsampled": ("features", "coefficients", "output"),
     "model.dtype": ("float32", "bfloat16", "float64"),
     "model.bn_groups": ("global", "host", "device"),
     "model.bn_running_variance": ("biased", "unbiased"),
@@ -97,6 +98,7 @@ def default() -> ml_collections.ConfigDict:
     c.model.guidance_width = 64  # channels of g(I) [I]
     c.model.guidance_kernel = 3  # stride-4 convolution on G_h: 3; 5 covers every pixel [I]
     c.model.guidance_stride = 1  # 1: g(I) at full resolution; 2: on the half-resolution image [I]
+    c.model.duc_upsampled = "features"  # to I_m's grid: features (I~), coefficients, output (O) [I]
     c.model.commute_coefficients = True  # I~ half of the 1x1 before upsampling; same result
     c.model.dlc_width = 512  # channels after DLC's first 1x1 [I]
     c.model.dlc_growth = 128  # channels of each dilated branch [I]
@@ -219,6 +221,13 @@ def validate(config: ml_collections.ConfigDict) -> None:
     if values["model.context_width"] < 0 or values["model.context_width"] % 4:
         width = values["model.context_width"]
         raise ConfigError(f"model.context_width={width}; allowed: multiples of 4, 0 as published")
+    upsampled = values["model.duc_upsampled"]
+    if upsampled != "features" and not values["model.commute_coefficients"]:
+        raise ConfigError(
+            f"model.duc_upsampled={upsampled!r} and model.commute_coefficients=False are both set: "
+            "I~ is then not upsampled, so there is no order to choose. Use "
+            "model.commute_coefficients=True, or model.duc_upsampled='features'"
+        )
     shares = ("data.class_uniform_share", "loss.label_smoothing", "loss.ohem_threshold")
     for name in shares:
         if not 0 <= values[name] <= 1:

@@ -20,7 +20,7 @@ from duc_dlc_jax.config import ConfigError
 from duc_dlc_jax.data.labels import LabelSpec
 
 CLASSIFIERS = ("classifier", "aux_classifier")  # their last axis is the train ids
-BY_CLASS = "dupsampling"  # its weights mix the classes: taken for the same classes alone
+BY_CLASS = ("dupsampling", "pixel_shuffle")  # classes are mixed: taken for the same ones alone
 MEANING = ("stem", "stride_on", "bn_epsilon")  # of config.model: no shape would betray them
 
 
@@ -66,7 +66,7 @@ def graft(
     for path, value in ours.items():
         part = path.split("/")[1]
         source = theirs.get(path)
-        if part == BY_CLASS and old.classes != new.classes:
+        if part in BY_CLASS and old.classes != new.classes:
             source = None
         if source is None:
             result[path] = value

@@ -49,11 +49,12 @@ class Device:
     device_kind: str = "cpu"
 
 
-def shapes_of(model, image=IMAGE):
-    return jax.eval_shape(model.init, jax.random.key(0), image)
+def shapes_of(model, *inputs, **static):
+    init = functools.partial(model.init, **static)
+    return jax.eval_shape(init, jax.random.key(0), *(inputs or (IMAGE,)))
 
 
-def random_variables(model, seed=0, image=IMAGE):
+def random_variables(model, *inputs, seed=0, **static):
     """{params, batch_stats} drawn by NumPy, without compiling; variances are positive."""
     rng = np.random.default_rng(seed)
 
@@ -67,7 +68,7 @@ def random_variables(model, seed=0, image=IMAGE):
             values *= 0.1
         return jnp.asarray(values, leaf.dtype)
 
-    shapes = shapes_of(model, image)
+    shapes = shapes_of(model, *inputs, **static)
     shapes = {name: shapes[name] for name in ("params", "batch_stats") if name in shapes}
     return jax.tree_util.tree_map_with_path(draw, shapes)
 

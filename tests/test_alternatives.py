@@ -1,4 +1,7 @@
-"""Each alternative to DUC and DLC: its published size, its defining property, exact padding."""
+"""Each alternative to DUC and DLC: its published size, its defining property, exact padding.
+
+What each computes: test_module_forward.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ import numpy as np
 import pytest
 
 from duc_dlc_jax import config as config_lib
-from duc_dlc_jax import describe, evaluate, optimizer, protocols, train_step
+from duc_dlc_jax import describe, evaluate, grafting, optimizer, protocols, train_step
 from duc_dlc_jax.data.labels import label_spec
 from duc_dlc_jax.models import layers, registry, resizing, segmenter
 from duc_dlc_jax.models.alternatives import guided_filter as gf
@@ -18,7 +21,6 @@ from duc_dlc_jax.models.alternatives.aspp import ASPP
 from duc_dlc_jax.models.alternatives.ccl import CCL
 from duc_dlc_jax.models.alternatives.dense_aspp import DenseASPP
 from duc_dlc_jax.models.alternatives.pixel_shuffle import pixel_shuffle
-from duc_dlc_jax.models.alternatives.psp import PSP
 from networks import NARROW, images_of, jit, on_canvas, random_variables, shapes_of
 from runs import tiny_config
 
@@ -78,7 +80,8 @@ def test_parameters_of_dense_aspp_on_densenet_161():
             9 * 512 * 3584 + 3 * 1024 + 4 * (9 * 1536 + 3072 + 1536 * 512 + 1024),
         ),
         ({"upsampling": "bilinear"}, "bilinear", 9 * 2048 * 512 + 1024),
-        ({"upsampling": "pixel_shuffle"}, "pixel_shuffle", 9_438_208 + 513 * 16 * 512),
+        # 3x3 to the classes of 32 x 32 pixels
+        ({"upsampling": "pixel_shuffle"}, "pixel_shuffle", (9 * 2048 + 1) * 1024 * 11),
         ({"upsampling": "dupsampling"}, "dupsampling", 2049 * 64 + 64 * 32 * 32 * 11 + 1),
         ({"upsampling": "guided_filter"}, "guided_filter", 4 * 64 + 65 * 11),
         ({"context": "ccl"}, "ccl", 512 * 2050 + 9 * 2 * 128 * (512 + 3 * 128) + 8 * 256),
@@ -164,46 +167,6 @@ def test_guided_filter_keeps_scores_that_are_linear_in_the_guide():
         scores = 3 * guide - 1
         ours = jit(gf.guided_filter, static_argnums=(3, 4))(guide, scores, mask, 4, 1e-12)
     np.testing.assert_allclose(ours, scores, rtol=0, atol=1e-9)
-
-
-@pytest.mark.parametrize("size", [(6, 12), (7, 5)])
-def test_psp_means_are_those_of_adaptive_pooling(size):
-    x = np.random.default_rng(0).normal(size=(1, *size, 4))
-    conv, norm = modules(jnp.float64)
-    with jax.enable_x64(True):
-        module = PSP(4, conv, norm)
-        variables = random_variables(module, image=jax.ShapeDtypeStruct(x.shape, jnp.float64))
-        apply = functools.partial(module.apply, capture_intermediates=True)
-        _, captured = jit(apply)(variables, jnp.asarray(x))
-    for bins in (1, 2, 3, 6):
-        kernel = np.asarray(variables["params"][f"bins{bins}_conv"]["kernel"])[0, 0]
-        (ours,) = captured["intermediates"][f"bins{bins}_conv"]["__call__"]
-        for i, j in np.ndindex(bins, bins):
-            rows, columns = (
-                slice(k * n // bins, -(-(k + 1) * n // bins))
-                for k, n in zip((i, j), size, strict=True)
-            )
-            mean = x[0, rows, columns].mean((0, 1))
-            np.testing.assert_allclose(ours[0, i, j], mean @ kernel, rtol=0, atol=1e-12)
-
-
-def test_ccl_is_local_minus_context():
-    conv, norm = modules(jnp.float64)
-    with jax.enable_x64(True):
-        module, x = (
-            CCL(6, 2, (1, 2), conv, norm),
-            np.random.default_rng(0).normal(size=(1, 7, 7, 3)),
-        )
-        variables = random_variables(module, image=jax.ShapeDtypeStruct(x.shape, jnp.float64))
-        apply = jit(functools.partial(module.apply, capture_intermediates=True))
-        y, captured = apply(variables, jnp.asarray(x))
-    for i, rate in enumerate((1, 2)):
-        local, context = (
-            np.asarray(captured["intermediates"][f"d{rate}_{kind}_bn"]["__call__"][0])
-            for kind in ("local", "context")
-        )
-        contrast = np.maximum(local - context, 0)
-        np.testing.assert_allclose(y[..., 6 + 2 * i : 8 + 2 * i], contrast, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -336,3 +299,13 @@ def test_evaluation_at_the_pixels_grid_equals_the_argmax_of_the_logits():
         (seen,) = evaluator.predictions(variables, [example])
         expected = np.asarray(jit(net.apply)(variables, image[None])[0].argmax(-1))
         assert (seen["prediction"] == expected).mean() > 0.999
+
+
+@pytest.mark.parametrize("upsampling", grafting.BY_CLASS)
+def test_weights_that_mix_classes_are_taken_for_the_same_classes_alone(upsampling):
+    specs = [label_spec(name) for name in ("camvid", "scenes")]
+    fields = SMALL | {"upsampling": upsampling, "context": "none", "output_stride": 8}
+    trained, fresh = (random_variables(model(spec.num_classes, **fields)) for spec in specs)
+    drawn = grafting.graft(fresh, trained, *specs).drawn
+    assert {path.split("/")[1] for path in drawn} == {upsampling}
+    assert not grafting.graft(trained, trained, specs[0], specs[0]).drawn

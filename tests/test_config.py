@@ -88,6 +88,10 @@ def test_a_bad_choice_lists_the_allowed_ones(name):
         ({"data.crop_size": -4}, r"data\.crop_size=-4; it must be positive"),
         ({"data.scale_max": 0.25}, r"data\.scale_max=0\.25 is below data\.scale_min=0\.5"),
         ({"train.epochs": 0.0}, "train.steps and train.epochs are both 0"),
+        (
+            {"model.duc_upsampled": "output", "model.commute_coefficients": False},
+            r"model\.duc_upsampled='output' and model\.commute_coefficients=False are both set",
+        ),
     ],
 )
 def test_values_out_of_range(changes, message):

@@ -39,12 +39,15 @@ NETWORKS = {  # fields of config.model beside NARROW
         "aux_head": True,
         "stride_on": "1x1",
     },
-    "stride grid": {"resize_grid": "stride"},
+    "stride grid, coefficients upsampled": {
+        "resize_grid": "stride",
+        "duc_upsampled": "coefficients",
+    },
+    "half-pixel grid, output upsampled": {"resize_grid": "half_pixel", "duc_upsampled": "output"},
     "pixel shuffle, ASPP": {
         "upsampling": "pixel_shuffle",
         "context": "aspp",
         "context_width": 8,
-        "resize_grid": "half_pixel",
     },
 }
 SMALL, ODD = (64, 96), (61, 45)
@@ -116,8 +119,8 @@ def test_onnx_of_any_size_says_what_the_network_says(name, size):
 
 
 def test_onnx_of_one_size():
-    image, expected = example("stride grid", ODD)
-    folded = folding.FoldedNetwork(*network("stride grid", "float64"))
+    image, expected = example("stride grid, coefficients upsampled", ODD)
+    folded = folding.FoldedNetwork(*network("stride grid, coefficients upsampled", "float64"))
     ours = run_onnx(onnx_graph.build(folded, ODD, np.uint8, "logits"), image)
     assert relative(ours, expected) < 5e-6
 
@@ -156,7 +159,12 @@ def test_what_onnx_lacks_is_refused_by_name():
 
 
 @pytest.mark.parametrize(
-    ("name", "size"), [("as published", SMALL), ("stride grid, 1/8, deep stem", ODD)]
+    ("name", "size"),
+    [
+        ("as published", SMALL),
+        ("stride grid, 1/8, deep stem", ODD),
+        ("half-pixel grid, output upsampled", ODD),
+    ],
 )
 def test_stablehlo_of_any_size_says_what_the_network_says(name, size):
     image, expected = example(name, size)

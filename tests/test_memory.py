@@ -171,7 +171,7 @@ def test_less_is_kept_with_remat():
     [
         {},
         {"model__dtype": "bfloat16"},
-        {"model__bn_padding": "masked", "train__accumulate": 2},
+        {"model__bn_padding": "masked", "train__accumulate": 2, "model__duc_upsampled": "output"},
         {"model__upsampling": "jpu", "model__context": "dense_aspp", "model__dropout": 0.2},
         {"model__backbone_frozen": True, "model__stem": "deep", "model__aux_head": True},
     ],

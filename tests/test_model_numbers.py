@@ -116,6 +116,17 @@ def test_multiply_adds_of_the_heads():
     assert gmacs(depth=14, commute_coefficients=False)["duc"] == 11.13
 
 
+@pytest.mark.parametrize("upsampled", ["coefficients", "output"])
+def test_multiply_adds_of_coefficients_on_the_grid_of_layer4(upsampled):
+    """G~'s half runs on 15 x 15 cells in place of 60 x 60; no parameter comes or goes."""
+    fields = {"depth": 14, "duc_upsampled": upsampled}
+    saved = describe.macs(network(depth=14), 480, 480)["duc"]
+    saved -= describe.macs(network(**fields), 480, 480)["duc"]
+    assert saved == (60**2 - 15**2) * 512 * 1024
+    assert gmacs(**fields)["duc"] == 7.59
+    assert parameters(**fields) == parameters(depth=14)
+
+
 # Receptive field
 
 

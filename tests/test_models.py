@@ -12,8 +12,7 @@ import pytest
 
 from duc_dlc_jax import describe, optimizer, sharding, train_step
 from duc_dlc_jax.config import ConfigError
-from duc_dlc_jax.models import layers, resizing, segmenter
-from duc_dlc_jax.models.duc import DUC
+from duc_dlc_jax.models import layers, segmenter
 from duc_dlc_jax.models.resnet import ResNet
 from networks import IMAGE, jit, random_variables, shapes_of
 from runs import tiny_config
@@ -110,71 +109,6 @@ def test_dropout_of_whole_channels_before_the_classifier():
     assert found == [(0.25, (1, 2), 16 + 4 * 8)]
     kept = np.asarray(model.apply({}, jnp.ones((1, 4, 4, 64)), rngs={"dropout": jax.random.key(0)}))
     assert {len(np.unique(kept[..., c])) for c in range(64)} == {1}
-
-
-# DUC
-
-
-@pytest.fixture(scope="module")
-def duc():
-    """Both orders of the coefficient convolution in float64, and what they are made of."""
-    with jax.enable_x64(True):
-        dtype = jnp.float64
-        rng = np.random.default_rng(0)
-        image, middle, low = (
-            jnp.asarray(rng.normal(size=(2, h, w, c)))
-            for h, w, c in ((50, 63, 3), (7, 8, 6), (2, 2, 10))
-        )
-        results = {}
-        for grid in ("corners", "stride"):
-            for commute in (True, False):
-                model = DUC(
-                    8, 2, 4, 3, 1, commute, 32, grid,
-                    conv=functools.partial(layers.Conv, dtype=dtype),
-                    norm=functools.partial(layers.BatchNorm, use_running_average=True, dtype=dtype),
-                )  # fmt: skip
-                shapes = jax.eval_shape(model.init, jax.random.key(0), image, middle, low)
-                if not results:
-                    variables = random_variables_of(shapes)
-                apply = functools.partial(model.apply, capture_intermediates=True)
-                output, captured = jit(apply)(variables, image, middle, low)
-                results[grid, commute] = np.asarray(output), captured["intermediates"]
-        return results, jax.device_get(variables["params"]), np.asarray(middle)
-
-
-def random_variables_of(shapes):
-    rng = np.random.default_rng(1)
-    return jax.tree.map(lambda leaf: jnp.asarray(rng.uniform(0.1, 1, leaf.shape)), shapes)
-
-
-@pytest.mark.parametrize("grid", ["corners", "stride"])
-def test_commuted_coefficients_are_the_same_numbers(duc, grid):
-    results, _, _ = duc
-    commuted, plain = results[grid, True][0], results[grid, False][0]
-    assert commuted.dtype == np.float64
-    assert np.abs(commuted - plain).max() < 1e-12 * np.abs(plain).max()
-
-
-@pytest.mark.parametrize("grid", ["corners", "stride"])
-def test_coefficients_are_one_convolution_of_the_concatenation(duc, grid):
-    """Eq. 3 in NumPy: [a, b] = [G~, I~] W + bias; O = a G~ + b; output [O, I_m]."""
-    results, params, middle = duc
-    output, captured = results[grid, True]
-    with jax.enable_x64(True):
-        guidance = captured["guidance_bn"]["__call__"][0]
-        low = jnp.maximum(captured["low_bn"]["__call__"][0], 0)
-        guidance, low = (
-            np.asarray(resizing.resize_bilinear(x, (7, 8), grid, step))
-            for x, step in ((guidance, 2), (low, 0.25))
-        )
-    halves = params["coefficients_guidance"]["kernel"], params["coefficients_low"]["kernel"]
-    weight = np.concatenate(halves, axis=2)[0, 0]
-    assert weight.shape == (16, 16)
-    coefficients = np.concatenate([guidance, low], axis=-1) @ weight
-    coefficients += params["coefficients_guidance"]["bias"]
-    a, b = coefficients[..., :8], coefficients[..., 8:]
-    expected = np.concatenate([a * guidance + b, middle], axis=-1)
-    assert np.abs(output - expected).max() < 1e-12 * np.abs(expected).max()
 
 
 # Batch normalisation

@@ -54,8 +54,8 @@ def write_run(workdir, config, seeds=(0, 1, 2), spec=SPEC):
     rule = optimizer.create(config.optimizer, 1)
     saved = Checkpoints(workdir, keep_latest=len(seeds))
     for step, seed in enumerate(seeds, 1):
-        state = train_step.create_state(model, rule, config, random_variables(model, seed))
-        average = random_variables(model, seed + 100) if state.ema else {}
+        state = train_step.create_state(model, rule, config, random_variables(model, seed=seed))
+        average = random_variables(model, seed=seed + 100) if state.ema else {}
         state = state.replace(step=jnp.asarray(step, jnp.int32), ema=average)
         saved.save(state, 4 * step, config, {"final_score": 0.5 - 0.1 * step, "mIoU": 0.4})
     saved.wait()

@@ -138,6 +138,8 @@ def test_backbone_equals_torchvision(depth):
         ((47, 66), {"resize_grid": "corners", "output_stride": 8, "commute_coefficients": False}),
         ((50, 63), {"resize_grid": "stride", "output_stride": 8}),
         ((61, 43), {"resize_grid": "half_pixel", "output_stride": 16}),
+        ((66, 97), {"resize_grid": "stride", "duc_upsampled": "coefficients"}),
+        ((70, 51), {"resize_grid": "corners", "output_stride": 16, "duc_upsampled": "output"}),
         ((70, 45), {"resize_grid": "corners", "guidance_kernel": 5, "stride_on": "1x1"}),
         ((53, 66), {"resize_grid": "corners", "guidance_stride": 2, "commute_coefficients": False}),
         (

@@ -38,12 +38,17 @@ class FastDUC(torch_twin.DUC):
             image = torch_twin.resize(image, half, grid, 2)
         guidance = self.stride4[1](self.strided(image))
         guidance = torch_twin.resize(guidance, size, grid, 2 / self.m.guidance_stride)
-        low, width = self.low(low), self.m.duc_width
+        return torch.cat([self.output(guidance, self.low(low), size), middle], 1)
+
+    def output(self, guidance, low, size):
+        if self.m.duc_upsampled != "features":  # whose coefficients are made on I_l's grid already
+            return super().output(guidance, low, size)
+        grid, width = self.m.resize_grid, self.m.duc_width
         weight, bias = self.coefficients.weight, self.coefficients.bias
         from_low = F.conv2d(low, weight[:, width:])
         from_low = torch_twin.resize(from_low, size, grid, 8 / self.m.output_stride)
         a, b = (F.conv2d(guidance, weight[:, :width], bias) + from_low).chunk(2, 1)
-        return torch.cat([a * guidance + b, middle], 1)
+        return a * guidance + b
 
     def strided(self, image):
         """The stride-4 convolution of g(I), with g at the pixels that it reads alone."""

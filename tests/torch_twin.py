@@ -118,9 +118,21 @@ class DUC(nn.Module):
             image = resize(image, half, m.resize_grid, 2)
         guidance = self.stride4(self.g(image))
         guidance = resize(guidance, size, m.resize_grid, 2 / m.guidance_stride)
-        low = resize(self.low(low), size, m.resize_grid, 8 / m.output_stride)
-        a, b = self.coefficients(torch.cat([guidance, low], 1)).chunk(2, 1)
-        return torch.cat([a * guidance + b, middle], 1)
+        return torch.cat([self.output(guidance, self.low(low), size), middle], 1)
+
+    def output(self, guidance, low, size):
+        """G~ on I_m's grid, of `size`, and I~ on I_l's -> O on I_m's."""
+        grid, step, here = self.m.resize_grid, 8 / self.m.output_stride, guidance
+        if self.m.duc_upsampled == "features":
+            low = resize(low, size, grid, step)
+        else:
+            here = resize(guidance, low.shape[2:], grid, 1 / step)
+        coefficients = self.coefficients(torch.cat([here, low], 1))
+        if self.m.duc_upsampled == "coefficients":
+            coefficients, here = resize(coefficients, size, grid, step), guidance
+        a, b = coefficients.chunk(2, 1)
+        output = a * here + b
+        return resize(output, size, grid, step) if self.m.duc_upsampled == "output" else output
 
 
 class DLC(nn.Module):

@@ -21,6 +21,10 @@ class DUC(nn.Module):
     halves: a linear 1x1 commutes with bilinear interpolation, so the I~ half runs on the low
     resolution and its product is upsampled (`commute=False` upsamples first: the same numbers).
 
+    `upsampled`: what comes from the grid of I_l to that of I_m. "features": I~, and a, b and O are
+    on I_m's grid. "coefficients": a and b, made of I~ and of G~ on I_l's grid, as in the fast
+    guided filter; G~ itself keeps I_m's grid. "output": O, with all before it on I_l's grid.
+
     `slabs` (inference) runs g(I) and the stride-4 convolution in slabs of rows: the same numbers in
     bounded memory. `valid_sizes`: as in `resizing.resize_bilinear`.
     """
@@ -30,6 +34,7 @@ class DUC(nn.Module):
     guidance_width: int
     guidance_kernel: int
     guidance_stride: int  # 1: g(I) on the image; 2: on the image at half its resolution
+    upsampled: str
     commute: bool
     feature_stride: int  # of I_l against the image
     grid: str
@@ -51,15 +56,23 @@ class DUC(nn.Module):
         low = self.conv(self.width, 3, 1, self.dilation, name="low_conv")(low)
         low = nn.relu(self.norm(name="low_bn")(low))
 
-        step = 8 / self.feature_stride
+        step, here = 8 / self.feature_stride, guidance  # G~ where a and b are made
         low_half = self.conv(2 * self.width, name="coefficients_low")
-        if self.commute:
+        if self.upsampled != "features":
+            here, from_low = self._resize(guidance, low.shape[1:3], 1 / step), low_half(low)
+        elif self.commute:
             from_low = self._resize(low_half(low), size, step)
         else:
             from_low = low_half(self._resize(low, size, step))
-        from_guidance = self.conv(2 * self.width, bias=True, name="coefficients_guidance")(guidance)
-        a, b = jnp.split(from_guidance + from_low, 2, axis=-1)
-        return jnp.concatenate([a * guidance + b, middle], axis=-1)
+        from_guidance = self.conv(2 * self.width, bias=True, name="coefficients_guidance")(here)
+        coefficients = from_guidance + from_low
+        if self.upsampled == "coefficients":
+            coefficients, here = self._resize(coefficients, size, step), guidance
+        a, b = jnp.split(coefficients, 2, axis=-1)
+        output = a * here + b
+        if self.upsampled == "output":
+            output = self._resize(output, size, step)
+        return jnp.concatenate([output, middle], axis=-1)
 
     def guidance_convolutions(self, height: int, width: int) -> dict[str, tuple[int, ...]]:
         """Numbers read, numbers written, weights of one, weights of G~'s convolutions, one image.

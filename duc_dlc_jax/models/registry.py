@@ -7,10 +7,10 @@ name           grid of the context   grid of the logits   what it reads
 none           1/OS                  1/OS                 layer4
 bilinear       1/8                   1/8                  layer2, layer4
 duc            1/8                   1/8                  the image, layer2, layer4
-pixel_shuffle  1/8                   1/8                  layer2, layer4
 jpu            1/8                   1/8                  layer2, layer3, layer4
 dupsampling    1/OS                  the pixels           layer4, and acts on the scores
 guided_filter  1/OS                  the pixels           layer4, and acts on the scores
+pixel_shuffle  1/OS                  the pixels           layer4, and makes the scores
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ from duc_dlc_jax.models.alternatives.ccl import CCL
 from duc_dlc_jax.models.alternatives.dense_aspp import DenseASPP
 from duc_dlc_jax.models.alternatives.fcn import FCNHead
 from duc_dlc_jax.models.alternatives.jpu import JPU
-from duc_dlc_jax.models.alternatives.pixel_shuffle import PixelShuffle
 from duc_dlc_jax.models.alternatives.psp import PSP
 from duc_dlc_jax.models.dlc import DLC
 from duc_dlc_jax.models.duc import DUC
 
 WIDTHS = {"fcn": 512, "aspp": 256, "dense_aspp": 512, "ccl": 512, "psp": 512}  # published, or [I]
+ON_SCORES = ("dupsampling", "guided_filter", "pixel_shuffle")  # after context: `Segmenter`
 RATES = {"dense_aspp": (3, 6, 12, 18, 24), "ccl": (3, 6, 12, 18)}
 
 
 def context_stride(upsampling: str, output_stride: int) -> int:
     """Stride, against the image, of the grid that the context module runs on."""
-    return output_stride if upsampling in ("none", "dupsampling", "guided_filter") else 8
+    return output_stride if upsampling in ("none", *ON_SCORES) else 8
 
 
 def logit_stride(upsampling: str, output_stride: int) -> int:
     """Stride, against the image, of the network's last grid; 1: the logits are the pixels'."""
-    if upsampling in ("dupsampling", "guided_filter"):
+    if upsampling in ON_SCORES:
         return 1
     return context_stride(upsampling, output_stride)
 
@@ -64,6 +64,7 @@ def upsampled(
             net.guidance_width,
             net.guidance_kernel,
             net.guidance_stride,
+            net.duc_upsampled,
             net.commute_coefficients,
             net.output_stride,
             grid,
@@ -73,11 +74,9 @@ def upsampled(
             name="duc",
         )
         return module(image, middle, low)
-    control = net.duc_width, net.duc_dilation, net.output_stride
     if net.upsampling == "bilinear":
-        return Bilinear(*control, grid, conv, norm, sizes, name="bilinear")(middle, low)
-    if net.upsampling == "pixel_shuffle":
-        return PixelShuffle(*control, conv, norm, name="pixel_shuffle")(middle, low)
+        control = net.duc_width, net.duc_dilation, net.output_stride, grid
+        return Bilinear(*control, conv, norm, sizes, name="bilinear")(middle, low)
     if net.upsampling == "jpu":
         strides = 8, min(16, net.output_stride), net.output_stride
         jpu = JPU(net.duc_width, strides, grid, conv, norm, sizes, name="jpu")

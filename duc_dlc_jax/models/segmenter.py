@@ -15,6 +15,7 @@ from duc_dlc_jax.config import ConfigError
 from duc_dlc_jax.models import layers, registry, resizing, valid_cells
 from duc_dlc_jax.models.alternatives.dupsampling import DUpsampling
 from duc_dlc_jax.models.alternatives.guided_filter import GuidedFilter
+from duc_dlc_jax.models.alternatives.pixel_shuffle import PixelShuffle
 from duc_dlc_jax.models.resnet import Bottleneck, ResNet
 
 
@@ -35,6 +36,7 @@ class Segmenter(nn.Module):
     guidance_width: int
     guidance_kernel: int
     guidance_stride: int
+    duc_upsampled: str
     commute_coefficients: bool
     dlc_width: int
     dlc_growth: int
@@ -144,6 +146,9 @@ class Segmenter(nn.Module):
         if self.upsampling == "dupsampling":
             sides = self.num_classes, self.output_stride, self.dupsampling_width
             return DUpsampling(*sides, conv, name="dupsampling")(x, images.shape[1:3])
+        if self.upsampling == "pixel_shuffle":
+            module = PixelShuffle(self.num_classes, self.output_stride, conv, name="pixel_shuffle")
+            return module(x, images.shape[1:3])
         logits = self._classify(x, conv, "classifier")
         if coarse and self.upsampling != "guided_filter":
             return logits

@@ -1,13 +1,16 @@
-"""Convolution and pixel shuffle, the other "DUC" (Wang et al., 2018)."""
+"""Dense upsampling convolution of Wang et al. (2018): the other "DUC", without guidance."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+
+from duc_dlc_jax.models.layers import parameter_dtype
 
 
 @functools.partial(jax.jit, static_argnames="ratio")  # keeps its name, as `layers.max_pool` does
@@ -20,24 +23,19 @@ def pixel_shuffle(x: jax.Array, ratio: int) -> jax.Array:
 
 
 class PixelShuffle(nn.Module):
-    """I~, as in `Bilinear`, brought to I_m's grid by a 1x1 and a shuffle, and joined to I_m.
+    """Features of a cell -> the class scores of all pixels of the cell: one 3x3 with bias.
 
-    Wang et al. shuffle class scores to the pixels, from features at 1/8. Here features are shuffled
-    to 1/8, so that contexts run on the grid of the other modules [I].
+    Published for cells of 8 x 8 pixels. Their code sums four such 3x3, dilated by 6, 12, 18 and 24;
+    here it is one, without dilation, and what looks further is the context's part [I].
     """
 
-    width: int  # channels of I~
-    dilation: int
-    feature_stride: int  # of I_l against the image
+    classes: int
+    ratio: int  # pixels on a side of a cell
     conv: Any
-    norm: Any
 
     @nn.compact
-    def __call__(self, middle: jax.Array, low: jax.Array) -> jax.Array:
-        """I_m [B, H/8, W/8, C] and I_l [B, H/OS, W/OS, D] -> [B, H/8, W/8, width + C]."""
-        low = self.conv(self.width, 3, 1, self.dilation, name="low_conv")(low)
-        low = nn.relu(self.norm(name="low_bn")(low))
-        ratio = self.feature_stride // 8
-        low = self.conv(self.width * ratio**2, bias=True, name="shuffle_conv")(low)
-        low = pixel_shuffle(low, ratio)[:, : middle.shape[1], : middle.shape[2]]
-        return jnp.concatenate([low, middle], axis=-1)
+    def __call__(self, x: jax.Array, size: Sequence[int]) -> jax.Array:
+        """[B, H/ratio, W/ratio, C], (H, W) -> logits [B, H, W, classes]; float32 or wider."""
+        x = self.conv(self.classes * self.ratio**2, 3, bias=True, name="scores")(x)
+        pixels = pixel_shuffle(x, self.ratio)[:, : size[0], : size[1]]
+        return jnp.asarray(pixels, parameter_dtype(x.dtype))
