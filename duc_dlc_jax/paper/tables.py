@@ -158,7 +158,7 @@ SLIPS = (
         "III.B",
         '"A bilinear interpolation is used to upsample the obtained guidance map with the '
         'low-resolution feature map" does not say which of a, b, O or I~ is upsampled.',
-        "I~, before a and b; `commute_coefficients` does the same for less work.",
+        "I~, before a and b; `duc_upsampled` also has a and b, or O.",
     ),
     (
         "III.B",
