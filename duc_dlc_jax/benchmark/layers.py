@@ -136,19 +136,15 @@ def torch_rows(
     settings = {"shapes": list(shapes.values()), "batch": batch, "steps": steps}
     settings["dtype"] = str(jnp.dtype(dtype))
     script = peer.SCRIPT.with_name("torch_layers.py")
+    command = [sys.executable, str(script), json.dumps(settings)]
     with tempfile.TemporaryFile("w+") as log:
-        process = subprocess.Popen(
-            [sys.executable, str(script), json.dumps(settings)],
-            stdout=subprocess.PIPE,
-            stderr=log,
-            text=True,
-        )
-        assert process.stdout is not None
-        waiting = iter(shapes)
-        for line in process.stdout:
-            if line.startswith("{"):
-                yield next(waiting), json.loads(line)
-        if process.wait():
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True) as process:
+            assert process.stdout is not None
+            waiting = iter(shapes)
+            for line in process.stdout:
+                if line.startswith("{"):
+                    yield next(waiting), json.loads(line)
+        if process.returncode:
             log.seek(0)
             raise ConfigError(f"PyTorch's process ended:\n{log.read()[-2000:]}")
 
