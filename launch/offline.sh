@@ -10,24 +10,37 @@
 # training and evaluation run without it) and cuts them, the records and the weights into OUT/part-N.
 # unpack, there, joins the parts again, checks their sums, and installs the wheels into DIR/site.
 # measure, there, from a checkout with DIR/site on PYTHONPATH, writes JSON to OUT: nothing is built,
-# nothing is downloaded. Its jobs:
+# nothing is downloaded. A job that fails does not end the others: its name comes last, and the exit
+# code is 1. Each row is in the JSON as soon as it is measured, and what the JSON holds is not
+# measured again (AGAIN=1: it is): a command that is cut off goes on when it is given again.
+# Compiled programs are kept in OUT/cache, or where JAX_COMPILATION_CACHE_DIR says. OUT/jobs.jsonl
+# says how long each job took. Its jobs, with the seconds that one might take on a GPU with nothing
+# compiled, by estimate: a program of the training step compiles for 35 to 50:
 #
-#   layers  dilated convolutions and the loss, one by one, beside PyTorch
-#   step    training and labelling beside PyTorch, with a profile
-#   networks  training of other depths, output strides and crops, and under options of XLA
+#   step    training and labelling with XLA's defaults beside PyTorch, and in a second process, with
+#           CUDA graphs off, a profile (WAYS=eager 250; torch.compile 100 more)
+#   networks  training with options of XLA, the first of them train.deterministic's, and of other
+#           depths, output strides and crops (20, and 45 each of 16)
+#   layers  dilated convolutions and the loss, one by one, beside PyTorch (200)
+#   memory  training with remat and accumulation by the clock (20, and 45 each of 4), and the largest
+#           batch per device with remat (200 each of 3)
+#   fed     training fed by threads, by workers, and from images on the device, beside training on
+#           one batch (150). Needs camvid in DATA_DIR
 #   resume  200 steps straight, twice, and killed after 100, resumed with the compilation cache and
-#           without; with train.deterministic and without. Needs camvid in DATA_DIR
-#   bundle  a network of `resume` exported, and timed beside PyTorch (after resume)
-#   camvid  the whole recipe, one seed. Needs camvid in DATA_DIR, and WEIGHTS (a ResNet-50)
-#   grid    the first variants of configs/ablation_camvid.py. Needs what camvid does
+#           without; with train.deterministic and without (300). Needs camvid in DATA_DIR
+#   bundle  a network of `resume` exported, and timed beside PyTorch (150; after resume)
+#   camvid  the whole recipe, one seed (200). Needs camvid in DATA_DIR, and WEIGHTS (a ResNet-50)
+#   grid    the first variants of configs/ablation_camvid.py (900). Needs what camvid does
 #
 # PYTHON  interpreter (default: python3)
 # EPOCHS  of camvid (default: 200); SOURCE, STRIDE_ON: of WEIGHTS (default: torchvision, 3x3)
-# WAYS    of step: PyTorch's, eager,compile (default: both)
-# NETWORKS, OPTIONS  of networks: as 101/8@768x8,50/8@480x16 (11 of them), and options of XLA (2);
-#         options come first, and each row is in the JSON as soon as it is measured
-# FIELDS  more --config.NAME=VALUE of resume, camvid and grid
+# WAYS    of step: PyTorch's, as eager,compile (default: all)
+# NETWORKS, OPTIONS  of networks: as 101/8@768x8,50/8@480x16 (11 of them), and options of XLA (4)
+# TIMED, LARGEST  of memory: networks, as 50/32@480x16+model.remat=blocks, timed (4), and whose
+#         largest batch is found (3); "" for none
+# FIELDS  more --config.NAME=VALUE of fed, resume, camvid and grid
 # RESUME, RESUME_MEM_FRACTION  of resume: pairs of deterministic,cache (all four), each one's part (0.15)
+# MEMORY_MEM_FRACTION, BUNDLE_MEM_FRACTION  parts of a GPU that a process of theirs takes (0.92, 0.25)
 # GRID, GRID_EPOCHS, GRID_SEEDS  of grid: patterns of variants (default: the first six), 24, 0,1,2
 # PROCESSES, GRID_MEM_FRACTION  of grid: how many share it, and each one's part of a GPU (2, 0.4)
 set -euo pipefail
@@ -112,48 +125,91 @@ unpack() {
   printf 'export PYTHONPATH=%q:%q\n' "$root" "$into/site"
 }
 
+jobs=(step networks layers memory fed resume bundle camvid grid)
+
 measure() {
-  local out="$1" job
+  local out="$1" job status start lost=()
   shift
+  (($#)) || set -- "${jobs[@]}"
+  for job in "$@"; do
+    [[ " ${jobs[*]} " == *" $job "* ]] || fail "unknown job $job; there are ${jobs[*]}"
+  done
   mkdir -p "$out"
   out="$(cd "$out" && pwd)"
-  (($#)) || set -- layers step networks resume bundle camvid grid
-  for job in "$@"; do
-    case "$job" in
-      layers | step | networks | resume | bundle | camvid | grid) ;;
-      *) fail "unknown job $job; there are layers, step, networks, resume, bundle, camvid, grid" ;;
-    esac
-  done
   read -ra fields <<<"${FIELDS:-}"
   export XLA_PYTHON_CLIENT_MEM_FRACTION="${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.5}"
+  export JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-$out/cache}"
+  export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="${JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS:-0}"
   for job in "$@"; do
-    printf '%s begins after %s s\n' "$job" "$SECONDS"
-    "measure_$job" "$out"
+    start="$SECONDS"
+    printf '%s begins after %s s\n' "$job" "$start"
+    set +e  # in a condition, bash would go on after what fails within the job
+    (set -e; "measure_$job" "$out")
+    status="$?"
+    set -e
+    ((status == 0)) || lost+=("$job ($status)")
+    printf '{"job": "%s", "seconds": %s, "status": %s}\n' "$job" "$((SECONDS - start))" "$status" |
+      tee -a "$out/jobs.jsonl"
   done
+  ((${#lost[@]} == 0)) && return
+  printf 'error: failed, with exit status: %s\n' "${lost[*]}" >&2
+  return 1
+}
+
+# Runs a part of a job; the job goes on where it fails, and ends with `return "$failed"`.
+part() {
+  "$@" || failed="$?"
 }
 
 benchmark() {
-  "$python" -m duc_dlc_jax.benchmark --config=configs/ade20k.py --steps=10 "$@"
+  "$python" -m duc_dlc_jax.benchmark --steps=10 ${AGAIN:+--again} "$@"
 }
 
-measure_layers() {
-  benchmark --peer=torch --what=layers --json="$1/layers.json"
-}
-
-# Without CUDA graphs, in which the profile would not see single kernels.
 measure_step() {
-  local way ways=() wanted="${WAYS:-}"
+  local failed=0 way ways=() wanted="${WAYS:-}"
+  local what=(--config=configs/ade20k.py "--what=train,infer" --size=1024x2048)
   for way in ${wanted//,/ }; do ways+=("--ways=$way"); done
-  XLA_FLAGS="--xla_gpu_enable_command_buffer= ${XLA_FLAGS:-}" benchmark --peer=torch \
-    --what=train,infer --size=1024x2048 --profile --rounds=3 --json="$1/step.json" "${ways[@]}"
+  part benchmark "${what[@]}" --peer=torch --rounds=3 --json="$1/step.json" "${ways[@]}"
+  # Without CUDA graphs, in which the profile would not see single kernels.
+  XLA_FLAGS="--xla_gpu_enable_command_buffer= ${XLA_FLAGS:-}" part benchmark "${what[@]}" \
+    --profile --rounds=1 --json="$1/profile.json"
+  return "$failed"
 }
 
 measure_networks() {
   local networks=50/16@480x16,50/8@480x16,101/32@480x16,101/16@480x16,101/8@480x16,50/32@768x8
   networks+=,50/16@768x8,50/8@768x8,101/32@768x8,101/16@768x8,101/8@768x8
-  local options=xla_gpu_deterministic_ops=true,xla_gpu_enable_triton_gemm=false
-  benchmark --what=train,networks --rounds=3 --json="$1/networks.json" \
-    --xla_options="${OPTIONS-$options}" --networks="${NETWORKS-$networks}"
+  local options=xla_gpu_deterministic_ops=true,xla_gpu_enable_latency_hiding_scheduler=true
+  options+=,xla_gpu_enable_triton_gemm=false,xla_gpu_all_reduce_combine_threshold_bytes=268435456
+  benchmark --config=configs/ade20k.py --what=train,networks --rounds=3 \
+    --json="$1/networks.json" --xla_options="${OPTIONS-$options}" --networks="${NETWORKS-$networks}"
+}
+
+measure_layers() {
+  benchmark --config=configs/ade20k.py --peer=torch --what=layers --json="$1/layers.json"
+}
+
+measure_memory() {
+  local failed=0 plain=50/32@480x16
+  local largest="$plain,$plain+model.remat=blocks,$plain+model.remat=all"
+  local timed="$largest,$plain+train.accumulate=2"
+  timed="${TIMED-$timed}" largest="${LARGEST-$largest}"
+  export XLA_PYTHON_CLIENT_MEM_FRACTION="${MEMORY_MEM_FRACTION:-0.92}"
+  [[ -z "$timed" ]] || part benchmark --config=configs/ade20k.py --what=networks --rounds=3 \
+    --json="$1/memory.json" --networks="$timed"
+  [[ -z "$largest" ]] || part benchmark --config=configs/ade20k.py --what=memory \
+    --json="$1/memory.json" --networks="$largest"
+  return "$failed"
+}
+
+measure_fed() {
+  local failed=0 how
+  for how in --config.data.threads=8 --config.data.workers=4 --config.data.on_device=True; do
+    part benchmark --config=configs/camvid.py --what=fed --steps=50 --json="$1/fed.json" \
+      --config.data.dir="${DATA_DIR:?the folder of the prepared records}" \
+      --config.model.dtype=bfloat16 "$how" "${fields[@]}"
+  done
+  return "$failed"
 }
 
 measure_resume() {
@@ -195,10 +251,12 @@ PY
 
 measure_bundle() {
   local run="$1/resume/deterministic-False-cache-true/verify_resume/straight"
-  "$python" -m duc_dlc_jax.export --workdir="$run" --output="$1/bundle" --format=stablehlo \
-    --dtype=bfloat16
-  "$python" -m duc_dlc_jax.benchmark.bundles --model="$1/bundle" --workdir="$run" --rounds=2 \
-    --calls=10 | tee "$1/bundles.txt"
+  [[ -d "$1/bundle" ]] || "$python" -m duc_dlc_jax.export --workdir="$run" --output="$1/bundle" \
+    --format=stablehlo --dtype=bfloat16
+  # This process, the bundle's and PyTorch's share the GPU.
+  XLA_PYTHON_CLIENT_MEM_FRACTION="${BUNDLE_MEM_FRACTION:-0.25}" \
+    "$python" -m duc_dlc_jax.benchmark.bundles --model="$1/bundle" --workdir="$run" --rounds=2 \
+    --calls=10 --json="$1/bundles.json"
 }
 
 ablate() {
@@ -217,14 +275,16 @@ measure_camvid() {
 
 # Two at once fill a GPU that one, fed by threads, leaves half idle.
 measure_grid() {
-  local i
+  local i pid pids=() failed=0
   for ((i = 0; i < ${PROCESSES:-2}; i++)); do
     XLA_PYTHON_CLIENT_MEM_FRACTION="${GRID_MEM_FRACTION:-0.4}" ablate --workdir="$1/grid" \
       --only="${GRID:-fcn,bilinear,duc,dlc,duc_dlc,deeplabv3}" --seeds="${GRID_SEEDS:-0,1,2}" \
       --config.train.epochs="${GRID_EPOCHS:-24}" >"$1/grid-$i.txt" 2>&1 &
+    pids+=("$!")
   done
-  wait
+  for pid in "${pids[@]}"; do part wait "$pid"; done
   tail -n 12 "$1"/grid-*.txt
+  return "$failed"
 }
 
 case "${1:-}" in

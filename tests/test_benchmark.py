@@ -1,15 +1,21 @@
 """The benchmark's arithmetic and its command, on the tiny network."""
 
+import importlib.util
 import json
 import sys
 import time
+from types import SimpleNamespace
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import runs
-from duc_dlc_jax import describe
-from duc_dlc_jax.benchmark import floor, networks, profile, timing
+from duc_dlc_jax import describe, programs
+from duc_dlc_jax.benchmark import __main__ as benchmark
+from duc_dlc_jax.benchmark import bundles, floor, layers, memory, networks, profile, timing
+from duc_dlc_jax.benchmark.figures import Figures
 from duc_dlc_jax.config import ConfigError
 from duc_dlc_jax.data.labels import label_spec
 from duc_dlc_jax.models import segmenter
@@ -17,6 +23,7 @@ from duc_dlc_jax.models import segmenter
 pytestmark = pytest.mark.commands
 
 UNKNOWN = "xla_of_another_version=true"
+OTHER = "14/32@65x2+model.remat=blocks"
 
 
 @pytest.fixture(scope="module")
@@ -25,13 +32,15 @@ def figures(tmp_path_factory):
     small = [f"--config.{name}={value}" for name, value in runs.TINY.items()]
     command = [sys.executable, "-m", "duc_dlc_jax.benchmark", "--config=configs/demo.py", *small]
     command += ["--steps=1", "--rounds=2", "--size=64x96", "--profile", f"--json={file}"]
-    command += ["--what=train,infer,networks", "--networks=14/32@65x2", f"--xla_options={UNKNOWN}"]
-    result = runs.run(command, devices=2)
-    return json.loads(file.read_text()), result.stdout
+    networks = [f"--networks={OTHER}", f"--xla_options={UNKNOWN}"]
+    result = runs.run([*command, "--what=train,infer,networks", *networks], devices=2)
+    values = json.loads(file.read_text())
+    again = runs.run([*command, "--what=train,infer"], devices=2)
+    return values, result.stdout, json.loads(file.read_text()), again.stdout
 
 
 def test_devices_and_batches(figures):
-    values, printed = figures
+    values, printed = figures[:2]
     assert (values["devices"], values["dtype"]) == (2, "float32")
     assert (values["train"]["image"], values["infer"]["image"]) == ([64, 64], [64, 96])
     assert values["train"]["batch_size"] == runs.TINY["train.batch_size"]
@@ -42,7 +51,7 @@ def test_devices_and_batches(figures):
 
 
 def test_rates_follow_from_seconds_and_multiply_adds(figures):
-    values, _ = figures
+    values = figures[0]
     config = runs.tiny_config("data")
     model = segmenter.create(config.model, label_spec("scenes").num_classes)
     for kind, passes, size in (("train", 3, (64, 64)), ("infer", 1, (64, 96))):
@@ -65,12 +74,19 @@ def test_the_profile_knows_the_parts_of_the_network(figures):
 
 
 def test_other_networks_and_options(figures):
-    values, printed = figures
-    other = values["networks"]["14/32@65x2"]
+    values, printed = figures[:2]
+    other = values["networks"][OTHER]
     assert (other["image"], other["batch_size"]) == ([65, 65], 2)
     assert other["seconds"] == np.median(other["rounds"]) > 0
     assert UNKNOWN.split("=")[0] in values["networks"][UNKNOWN]["failed"]
     assert f"{UNKNOWN}: failed: " in printed
+
+
+def test_what_the_file_holds_is_not_measured_again(figures):
+    first, _, second, printed = figures
+    assert second == first
+    assert "train: in " in printed
+    assert f"{1000 * first['train']['seconds']:.1f} ms" in printed
 
 
 def test_names_of_networks_and_options():
@@ -78,10 +94,15 @@ def test_names_of_networks_and_options():
     changed = networks.network(config, "101/8@768x16")
     assert (changed.model.depth, changed.model.output_stride) == (101, 8)
     assert (changed.data.crop_size, changed.train.batch_size) == (768, 16)
+    changed = networks.network(config, "50/32@64x4+model.remat=blocks+train.accumulate=2")
+    assert (changed.model.remat, changed.train.accumulate) == ("blocks", 2)
     assert networks.option("xla_a_b=true") == {"xla_a_b": True}
     assert networks.option("xla_a_b=3") == {"xla_a_b": "3"}
     for function, text in (
         (lambda t: networks.network(config, t), "101x8"),
+        (lambda t: networks.network(config, f"50/32@64x4+{t}=1"), "model.remap"),
+        (lambda t: networks.network(config, f"50/32@64x4+model.remat={t}"), "some"),
+        (lambda t: networks.network(config, f"50/32@64x4+train.accumulate={t}"), "x2"),
         (networks.option, "a=b"),
     ):
         with pytest.raises(ConfigError, match=text):
@@ -131,6 +152,131 @@ def test_peak_memory_is_within_the_estimate(figures):
     estimate = state + images * describe.activation_bytes(model, 64, 64)
     assert state < peak
     assert 0.4 * estimate < peak < estimate
+
+
+def test_a_figure_is_written_at_once_and_measured_once(tmp_path):
+    file, count = tmp_path / "figures.json", iter(range(9))
+
+    def measure():
+        return {"seconds": next(count)}
+
+    figures = Figures(str(file))
+    assert figures.once(("networks", "a"), {"steps": (1, 2)}, measure)["seconds"] == 0
+    assert json.loads(file.read_text())["networks"]["a"]["of"] == {"steps": [1, 2]}
+    figures.update({"device": "one"})
+    for of, again, seconds in (
+        ({"steps": (1, 2)}, False, 0),
+        ({"steps": (1, 2)}, True, 1),
+        ({"steps": (1, 3)}, False, 2),
+    ):
+        figures = Figures(str(file), again)
+        assert figures.once(("networks", "a"), of, measure)["seconds"] == seconds
+    figures.keep(("networks", "b"), {"rounds": [1]})
+    assert figures.found(("networks", "b"), {"steps": (1, 3)}) is None
+    assert set(json.loads(file.read_text())) == {"networks", "device"}
+    file.write_text("[1, 2")
+    with pytest.raises(ConfigError, match="holds no figures"):
+        Figures(str(file))
+
+
+@pytest.mark.parametrize("first", [1, 16, 400])
+def test_the_largest_batch_takes_few_programs(first):
+    def size(images):  # the rest of a slab makes it no line
+        return 600 + 37 * images + 5 * (images % 7)
+
+    tried = {first: size(first)}
+    while images := memory.next_batch(tried, 10_000):
+        assert images not in tried
+        tried[images] = size(images)
+    most = max(n for n in tried if tried[n] <= 10_000)
+    exact = max(n for n in range(500) if size(n) <= 10_000)
+    assert exact - max(1, memory.WITHIN * exact) <= most <= exact
+    assert len(tried) <= 6
+    assert memory.next_batch({1: 11, 2: 20}, 10) is None
+
+
+def test_memory_goes_on_with_the_programs_that_are_known(monkeypatch):
+    compiled, kept = [], []
+
+    class Work:
+        def __init__(self, config, ceilings):
+            self.images = config.train.batch_size
+
+        def step(self):
+            compiled.append(self.images)
+            return SimpleNamespace(peak_bytes=100 + 10 * self.images)
+
+    monkeypatch.setattr(memory.model, "Work", Work)
+    monkeypatch.setattr(memory.model, "timed_step", lambda work, *_: {"seconds": work.images})
+    devices = jax.device_count()
+    config = runs.tiny_config("data", train__accumulate=2, train__batch_size=4 * devices)
+    row = memory.largest(config, {}, 100 + 300 * devices, {}, kept.append)
+    assert row["images_per_device"] == row["seconds"] // devices == 30
+    assert kept[-1]["tried"] == row["tried"]
+    known = {int(images): size for images, size in row["tried"].items()}
+    done = len(compiled)
+    assert memory.largest(config, {}, 100 + 300 * devices, known, kept.append) == row
+    assert compiled[done:] == [30 * devices]  # for the clock
+
+
+def test_calls_in_one_program_are_all_made():
+    """None is moved out of the loop or left out: FLOPs grow with the calls, values are the same."""
+    operands = tuple(jnp.asarray(a) for a in layers.arrays((4, 8, 9, 2), 2))
+    for name, function in layers.functions(2).items():
+        fed = 2 if name == "input gradient" else 0
+        flops = []
+        for calls in (2, 6):
+            program = jax.jit(layers.repeated(function, calls, fed)).lower(*operands).compile()
+            flops.append(programs.cost(program)[0])
+            expected = function(*operands)
+            np.testing.assert_allclose(program(*operands), expected, rtol=1e-4, atol=1e-3)
+        assert 2.5 < flops[1] / flops[0] < 3.5, name
+
+
+def test_layers_are_in_the_json_one_by_one(tmp_path, monkeypatch):
+    with_torch = importlib.util.find_spec("torch") is not None
+    monkeypatch.setattr(layers, "SHAPES", [(4, 8, 9, 2)])
+    config = runs.tiny_config("data")
+    args = SimpleNamespace(config=config, steps=1, peer="torch" if with_torch else "")
+    file = tmp_path / "layers.json"
+    benchmark.measure_layers(args, Figures(str(file)))
+    values = json.loads(file.read_text())
+    assert list(values["layers"]) == ["4 -> 8, 9x9, 2"]
+    for row in values["layers"].values():
+        assert row["error"] < 1e-4
+        assert min(row["forward"], row["weight gradient, columns"]) > 0
+    assert len(values["losses"]) == 14
+    if with_torch:
+        assert list(values["layers_torch"]) == list(values["layers"])
+        assert all(row["weight gradient"] > 0 for row in values["layers_torch"].values())
+    benchmark.measure_layers(args, Figures(str(file)))
+    assert json.loads(file.read_text()) == values
+
+
+def test_rows_of_fed_are_named_by_what_reads(tmp_path, monkeypatch, capsys):
+    rates = {"records": 1.0, "one_batch": 2.0}
+    row = {"device": "one", "devices": 1, "images_per_second": rates, "ratio": 0.5, "cpu_ratio": 1}
+    monkeypatch.setattr(benchmark.model, "fed", lambda *_: row)
+    file = tmp_path / "fed.json"
+    for changes in ({"data__threads": 8}, {"data__workers": 4}, {"data__on_device": True}):
+        args = SimpleNamespace(config=runs.tiny_config("data", **changes), steps=1)
+        benchmark.measure_fed(args, Figures(str(file)))
+    assert list(json.loads(file.read_text())["fed"]) == ["threads=8", "workers=4", "on_device"]
+    assert "on_device: fed by records 1.0 images/s, by one batch 2.0" in capsys.readouterr().out
+
+
+def test_bundles_are_in_the_json_after_each_process(tmp_path, monkeypatch):
+    file, held = tmp_path / "bundles.json", []
+
+    def apart(*_):
+        held.append(json.loads(file.read_text())["seconds"] if file.exists() else {})
+        return [0.1, 0.2]
+
+    monkeypatch.setattr(bundles, "apart", apart)
+    args = SimpleNamespace(rounds=2, model="", threads=1, calls=2)
+    bundles.measure(args, (32, 64), ["stablehlo", "onnx"], Figures(str(file)))
+    assert held[1] == {"32x64": {"stablehlo": [0.1, 0.2], "onnx": []}}
+    assert len(json.loads(file.read_text())["seconds"]["32x64"]["onnx"]) == 4
 
 
 def test_warm_up_does_not_count():

@@ -7,6 +7,7 @@ input  crops/s of one core from prepared records, beside PyTorch's DataLoader; -
 fed    training steps fed by the input pipeline beside steps that get one batch again and again
 layers dilated convolutions, their gradients, and the loss, in each way there is
 networks the training step of each of --networks, and of the configuration's under --xla_options
+memory the largest batch per device, of each of --networks or of the configuration
 growth how FLOPs, bytes and memory of the step grow with pixels, batch, classes and depth
 
 train, infer and growth need no data. The first two say which share of the layer-wise floor is
@@ -15,12 +16,16 @@ same network in alternating rounds of the same run.
 
 With `--evaluate=1024x2048` it times instead how one image of this size is labelled by `--protocol`,
 and says the most memory that the process had: start a process for each figure.
+
+--json is written after each figure, and keeps what the file held. Of train, infer, fed, layers,
+networks and memory, what is there for the same configuration, options, devices and versions is not
+measured again unless --again says so.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
+import functools
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -32,18 +37,13 @@ from ml_collections import config_flags
 
 from duc_dlc_jax import cli, protocols
 from duc_dlc_jax import config as config_lib
-from duc_dlc_jax.benchmark import formats, growth, inputs, layers, model, networks
-from duc_dlc_jax.benchmark.peer import Peer, layer_seconds
+from duc_dlc_jax.benchmark import floor, formats, growth, inputs, layers, memory, model, networks
+from duc_dlc_jax.benchmark.figures import Figures, conditions
+from duc_dlc_jax.benchmark.peer import Peer
 from duc_dlc_jax.data import photos
 from duc_dlc_jax.models import segmenter
 
-KINDS = ("train", "infer", "input", "fed", "layers", "networks", "growth")
-
-
-def write(path: str, result: dict[str, Any]) -> None:
-    """What is known so far, to --json: a run that is cut off has not been for nothing."""
-    if path:
-        Path(path).write_text(json.dumps(result, indent=1) + "\n")
+KINDS = ("train", "infer", "input", "fed", "layers", "networks", "memory", "growth")
 
 
 def show_rates(what: str, r: dict[str, Any]) -> None:
@@ -81,45 +81,75 @@ def show_rates(what: str, r: dict[str, Any]) -> None:
         )
 
 
-def rates(args: Any, kinds: list[str]) -> dict[str, Any]:
-    """Runs and prints `train`, `infer` and `networks`."""
+def rates(args: Any, kinds: list[str], figures: Figures) -> None:
+    """Measures and prints `train`, `infer`, `networks` and `memory`."""
     size = cli.parsed_size("size", args.size) if args.size else None
-    work, result = model.Work(args.config, size), {}
-
-    def keep(where: dict[str, Any], what: str, figures: dict[str, Any]) -> None:
-        where[what] = figures
-        show_rates(what, figures)
-        write(args.json, result)
-
+    plan = networks.plan(args.config, args.networks, args.xla_options)
+    of = functools.partial(conditions, steps=args.steps, rounds=args.rounds)
+    config_lib.validate(args.config)
+    dtype = args.config.model.dtype
+    ceilings = figures.once(
+        ("ceilings",), conditions(None, dtype=dtype), lambda: floor.ceilings(dtype)
+    )
+    work = model.Work(args.config, size, ceilings)
+    figures.update(work.conditions())
     print("{devices} x {device}, {dtype}, {classes} classes, JAX {jax}".format(**work.conditions()))
+    asked = {
+        what: of(
+            args.config,
+            peer=args.peer and [args.ways, args.threads],
+            profile=args.profile,
+            size=[0, 0] if what == "train" else work.size,
+        )
+        for what in ("train", "infer")
+        if what in kinds
+    }
     with contextlib.ExitStack() as stack:
         peer = None
-        if args.peer:
+        missing = [what for what in asked if figures.found((what,), asked[what]) is None]
+        if args.peer and missing:
             image = np.random.default_rng(0).integers(0, 256, (1, *work.size, 3), np.uint8)
             data = model.random_batch(args.config, work.classes)
             peer = Peer(work, data, image, args.ways, args.threads)
             stack.enter_context(contextlib.closing(peer))
-            peer.warm_up(kinds)
+            peer.warm_up(missing)
             print(f"PyTorch {peer.version}: logits differ by {peer.difference:.1e} (relative)")
-            result["peer"] = {"torch": peer.version, "difference": peer.difference}
-        result |= work.conditions()
-        if "train" in kinds:
-            keep(result, "train", model.train(work, args.steps, args.rounds, peer, args.profile))
-        if "infer" in kinds:
-            keep(result, "infer", model.infer(work, args.steps, args.rounds, peer, args.profile))
+            figures.update({"peer": {"torch": peer.version, "difference": peer.difference}})
+        for what in asked:
+            measure = model.train if what == "train" else model.infer
+            call = functools.partial(measure, work, args.steps, args.rounds, peer, args.profile)
+            show_rates(what, figures.once((what,), asked[what], call))
     if "networks" in kinds:
-        result["networks"] = {}
-        rows = networks.timed(work, args.networks, args.xla_options, args.steps, args.rounds)
-        for name, figures in rows:
-            keep(result["networks"], name, figures)
-    return result
+        for name, (config, options) in plan.items():
+            call = functools.partial(networks.timed, work, config, options, args.steps, args.rounds)
+            row = figures.once(("networks", name), of(config, options=options), call)
+            show_rates(name, row)
+    if "memory" in kinds:
+        named = {name: plan[name][0] for name in args.networks} or {"configured": args.config}
+        for name, config in named.items():
+            measure_memory(name, config, ceilings, args.memory_gib, figures)
 
 
-def show_fed(result: dict[str, Any]) -> None:
+def measure_memory(name: str, config: Any, ceilings: Any, gib: float, figures: Figures) -> None:
+    """Finds and prints a row of `memory`; goes on with the programs that are known."""
+    limit = memory.limit(gib)
+    of = conditions(config, limit=limit)
+    where = "memory", name
+    half = figures.found((*where, "half"), of) or {}
+    tried = {int(images): size for images, size in half.get("tried", {}).items()}
+
+    def keep(known: dict[str, Any]) -> None:
+        figures.keep(where, {"half": known | {"of": of}})
+
+    call = functools.partial(memory.largest, config, ceilings, limit, tried, keep)
+    memory.show(name, figures.once(where, of, call))
+
+
+def show_fed(name: str, result: dict[str, Any]) -> None:
     per_second = result["images_per_second"]
     print("{devices} x {device}".format(**result))
     print(
-        f"fed by records {per_second['records']:.1f} images/s, "
+        f"{name}: fed by records {per_second['records']:.1f} images/s, "
         f"by one batch {per_second['one_batch']:.1f}"
     )
     print(f"ratio {result['ratio']:.3f}, by CPU time {result['cpu_ratio']:.3f}")
@@ -142,20 +172,37 @@ def measure_input(args: Any) -> dict[str, Any]:
     return result | conditions
 
 
-def measure_layers(args: Any) -> dict[str, Any]:
-    """Runs and prints `layers`."""
-    config = args.config
+def measure_layers(args: Any, figures: Figures) -> None:
+    """Measures and prints `layers`: ours, the losses, then PyTorch's."""
+    config, steps = args.config, args.steps
     dtype, batch = config.model.dtype, config.train.batch_size
-    rows = layers.table(dtype, batch, args.steps)
+    of = conditions(config, steps=steps)
+    print(f"{of['device']}, {dtype}, batch {batch}")
+    shapes = {layers.name(shape): shape for shape in layers.SHAPES}
+    for name, shape in shapes.items():
+        call = functools.partial(layers.row, shape, dtype, batch, steps)
+        layers.show(name, figures.once(("layers", name), of, call))
+    for classes in (19, 150):
+        named, arrays = layers.loss_functions(classes, batch, config.data.crop_size)
+        for name, function in named.items():
+            name = f"{classes} classes, {name}"
+            call = functools.partial(layers.loss_row, function, *arrays, steps)
+            layers.show_loss(name, figures.once(("losses", name), of, call))
     if args.peer:
-        theirs = layer_seconds(layers.SHAPES, batch, dtype, args.steps)
-        for row, seconds in zip(rows, theirs, strict=True):
-            row |= {f"PyTorch {name}": value for name, value in seconds.items()}
-    print(f"{jax.devices()[0].device_kind}, {dtype}, batch {batch}")
-    layers.show(rows)
-    lost = layers.losses_table(batch, config.data.crop_size, args.steps)
-    layers.show_losses(lost)
-    return {"layers": rows, "losses": lost, "device": jax.devices()[0].device_kind}
+        where = "layers_torch"
+        missing = {n: s for n, s in shapes.items() if figures.found((where, n), of) is None}
+        for name, row in layers.torch_rows(missing, dtype, batch, steps) if missing else ():
+            layers.show(name, figures.keep((where, name), row | {"of": of}))
+
+
+def measure_fed(args: Any, figures: Figures) -> None:
+    """Measures and prints a row of `fed`, named by what reads the records."""
+    data = args.config.data
+    name = f"workers={data.workers}" if data.workers else f"threads={data.threads}"
+    name = "on_device" if data.on_device else name
+    of = conditions(args.config, steps=args.steps)
+    call = functools.partial(model.fed, args.config, args.steps)
+    show_fed(name, figures.once(("fed", name), of, lambda: call() | inputs.conditions()))
 
 
 def measure_growth(args: Any) -> dict[str, Any]:
@@ -193,25 +240,22 @@ def main(_) -> None:
     args = flags.FLAGS
     cli.use_deterministic_kernels(args.config)
     segmenter.enable_dtype(args.config.model)
-    result: dict[str, Any] = {}
+    figures = Figures(args.json, args.again)
     if args.evaluate:
-        result = measure_evaluation(args)
-    else:
-        if unknown := set(args.what) - set(KINDS):
-            raise config_lib.ConfigError(f"--what={','.join(unknown)}; allowed: {', '.join(KINDS)}")
-        if "layers" in args.what:
-            result |= measure_layers(args)
-        if {"train", "infer", "networks"} & set(args.what):
-            result |= rates(args, args.what)
-        if "growth" in args.what:
-            result |= measure_growth(args)
-        if "input" in args.what:
-            result |= measure_input(args)
-        if "fed" in args.what:
-            fed = model.fed(args.config, args.steps) | inputs.conditions()
-            show_fed(fed)
-            result |= {"fed": fed}
-    write(args.json, result)
+        figures.update(measure_evaluation(args))
+        return
+    if unknown := set(args.what) - set(KINDS):
+        raise config_lib.ConfigError(f"--what={','.join(unknown)}; allowed: {', '.join(KINDS)}")
+    if "layers" in args.what:
+        measure_layers(args, figures)
+    if {"train", "infer", "networks", "memory"} & set(args.what):
+        rates(args, args.what, figures)
+    if "growth" in args.what:
+        figures.update(measure_growth(args))
+    if "input" in args.what:
+        figures.update(measure_input(args))
+    if "fed" in args.what:
+        measure_fed(args, figures)
 
 
 if __name__ == "__main__":
@@ -233,13 +277,15 @@ if __name__ == "__main__":
     flags.DEFINE_list("classes", ["19", "150", "1000"], "With --what=growth.")
     flags.DEFINE_list("depths", ["50", "101", "152"], "With --what=growth: of the ResNet.")
     of_networks = "With --what=networks: "
-    named = "101/8@768x16: depth, output stride, crop and batch."
-    flags.DEFINE_list("networks", [], of_networks + named)
+    named = "101/8@768x16: depth, output stride, crop and batch; +FIELD=VALUE for other fields."
+    flags.DEFINE_list("networks", [], of_networks.replace("=networks", "=networks,memory") + named)
     options = "options of XLA, as in xla_gpu_deterministic_ops=true."
     flags.DEFINE_list("xla_options", [], of_networks + options)
     flags.DEFINE_bool("timed", False, "With --what=growth: also run the programs.")
     flags.DEFINE_string("plot", "", "With --what=growth: a PNG or SVG to draw; needs matplotlib.")
     protocols.define_flags()
+    flags.DEFINE_float("memory_gib", 0.0, "With --what=memory: of a device; 0: what it has.", 0.0)
     flags.DEFINE_string("json", "", "Also write the figures to this file.")
+    flags.DEFINE_bool("again", False, "Measure what --json holds already, too.")
     flags.mark_flags_as_required(["config"])
     cli.run(main)

@@ -3,7 +3,8 @@
 Each runtime labels random uint8 images, one at a time, in a process of its own on the same
 --threads cores; rounds go through all of them in turn, so that what else runs on the machine falls
 on each. With --workdir, the run that the bundle is of, PyTorch's eager mode does the same network
-(`peer.py`; needs a checkout). Prints each call, the machine's load, and the medians in Markdown.
+(`peer.py`; needs a checkout). Prints each call, the machine's load, and the medians in Markdown;
+--json has the calls.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import numpy as np
 from absl import flags
 
 from duc_dlc_jax import cli, markdown
+from duc_dlc_jax.benchmark.figures import Figures
 from duc_dlc_jax.config import ConfigError
 from duc_dlc_jax.export import bundle as bundles
 from duc_dlc_jax.export import runtimes
@@ -69,8 +71,10 @@ def torch_peer(workdir: str, size: tuple[int, int], threads: int) -> Any:
     return Peer(work, data, image, ["eager"], threads)
 
 
-def measure(args: Any, size: tuple[int, int], forms: list[str]) -> dict[str, list[float]]:
-    """Seconds of every call, by runtime, over all rounds."""
+def measure(
+    args: Any, size: tuple[int, int], forms: list[str], figures: Figures
+) -> dict[str, list[float]]:
+    """Seconds of every call, by runtime, over all rounds; in the JSON after each process."""
     taken: dict[str, list[float]] = {form: [] for form in forms}
     for number in range(args.rounds):
         for form in forms:
@@ -83,6 +87,7 @@ def measure(args: Any, size: tuple[int, int], forms: list[str]) -> dict[str, lis
             else:
                 new = apart(args.model, form, size, args.threads, args.calls)
             taken[form] += new
+            figures.keep(("seconds", "{}x{}".format(*size)), taken)
             shown = " ".join(f"{second:.3f}" for second in new)
             print(f"round {number + 1}, {form}: {shown} s (load before: {load:.1f})", flush=True)
     return taken
@@ -97,7 +102,9 @@ def main(_) -> None:
     bundle = bundles.read(args.model)
     forms = [form for form in runtimes.FORMS if form.replace("openvino", "onnx") in bundle.formats]
     forms += ["torch"] if args.workdir else []
-    columns = {size: measure(args, size, forms) for size in sizes}
+    figures = Figures(args.json)
+    figures.update({"dtype": bundle.manifest["dtype"], "threads": args.threads})
+    columns = {size: measure(args, size, forms, figures) for size in sizes}
     heads = [f"{height}x{width}" for height, width in sizes]
     rows = [
         [NAMES[form], *(f"{np.median(columns[size][form]):.3f} s" for size in sizes)]
@@ -113,5 +120,6 @@ if __name__ == "__main__":
     flags.DEFINE_integer("threads", 2, "Cores that each runtime gets.")
     flags.DEFINE_integer("rounds", 3, "Processes of each runtime.")
     flags.DEFINE_integer("calls", 3, "Timed images in each process.")
+    flags.DEFINE_string("json", "", "Also write the seconds of each call to this file.")
     flags.DEFINE_string("only", "", "Time this runtime, in this process.")
     cli.run(main)

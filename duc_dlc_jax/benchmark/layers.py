@@ -1,13 +1,18 @@
 """Dilated convolutions one by one: output, input gradient and weight gradient, beside PyTorch.
 
 The weight gradient comes in the ways that `models.layers` has: the compiler's, and matrix products
-of shifted inputs.
+of shifted inputs. One call of theirs is shorter than its dispatch: many are timed in one program,
+each waiting for the one before, and PyTorch's in one CUDA graph (`tests/torch_layers.py`).
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -15,7 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from duc_dlc_jax import losses, pixel_scores
+from duc_dlc_jax.benchmark import peer
 from duc_dlc_jax.benchmark.timing import seconds_per_call
+from duc_dlc_jax.config import ConfigError
 from duc_dlc_jax.models import layers, resizing
 
 # (channels in, channels out, side of the grid, dilation): DLC's branches at 1/8 of 480 pixels, the
@@ -61,79 +68,132 @@ def functions(dilation: int) -> dict[str, Callable[..., jax.Array]]:
     }
 
 
-def table(dtype: Any, batch: int, steps: int, shapes: Any = None) -> list[dict[str, Any]]:
-    """Rows {shape, flop, seconds of each function, error}; see `functions`.
+def repeated(function: Callable[..., jax.Array], calls: int, fed: int) -> Callable[..., jax.Array]:
+    """Like `function` of arrays of rank 4, after `calls` calls in one program, one after the other.
 
-    error: largest relative difference (Frobenius) of the ways to compute the weight gradient.
+    One number of the operand `fed` is written again between two calls, to what it was unless the
+    result before begins with infinity. The compiler cannot know: it neither moves a call out of the
+    loop, nor leaves one out, nor runs two at once.
     """
-    rows = []
-    for shape in shapes or SHAPES:
-        x, kernel, dy = (jnp.asarray(a, dtype) for a in arrays(shape, batch))
-        row: dict[str, Any] = {"shape": list(shape), "flop": 2 * 9 * x.size * shape[1]}
-        gradients = []
-        for name, function in functions(shape[3]).items():
-            jitted = jax.jit(function)
-            row[name] = seconds_per_call(functools.partial(jitted, x, kernel, dy), steps)
-            if name.startswith("weight"):
-                gradients.append(np.asarray(jitted(x, kernel, dy), np.float64))
-        first = np.linalg.norm(gradients[0])
-        row["error"] = max(float(np.linalg.norm(g - gradients[0]) / first) for g in gradients)
-        rows.append(row)
-    return rows
+
+    def several(*operands: jax.Array) -> jax.Array:
+        first = operands[fed][0, 0, 0, 0]
+
+        def call(_, carried):
+            operands, result = jax.lax.optimization_barrier(carried)
+            number = jnp.where(jnp.isposinf(result[0, 0, 0, 0]), 0, first)
+            operands = list(operands)
+            operands[fed] = operands[fed].at[0, 0, 0, 0].set(number)
+            return tuple(operands), function(*operands)
+
+        shape = jax.eval_shape(function, *operands)
+        start = operands, jnp.zeros(shape.shape, shape.dtype)
+        return jax.lax.fori_loop(0, calls, call, start)[1]
+
+    return several
 
 
-def losses_table(batch: int, side: int, steps: int, classes: Any = (19, 150)) -> list[dict]:
-    """Seconds of the loss of 1/8 logits and its gradient, in each way, with temporary bytes.
+def name(shape: tuple[int, ...]) -> str:
+    """128 -> 128, 60x60, 3: channels, grid and dilation of an entry of `SHAPES`."""
+    channels, features, side, dilation = shape
+    return f"{channels} -> {features}, {side}x{side}, {dilation}"
+
+
+def row(shape: tuple[int, ...], dtype: Any, batch: int, steps: int) -> dict[str, Any]:
+    """{flop, calls, seconds of each function, error}; see `functions`.
+
+    seconds: of one of `calls` calls in one program, the median of `steps` runs; "loop alone" is
+    that of a program without a function. On CPUs, which run a loop's convolutions in other ways
+    than a program's, and whose calls are longer than their dispatch, a call is a program: calls is
+    1. error: largest relative difference (Frobenius) of the ways to compute the weight gradient.
+    """
+    operands = tuple(jnp.asarray(a, dtype) for a in arrays(shape, batch))
+    calls, asked = 1, functions(shape[3])
+    if jax.default_backend() != "cpu":
+        calls, asked = 50, asked | {"loop alone": lambda x, kernel, dy: x[:1, :1, :1, :1]}
+    found: dict[str, Any] = {"flop": 2 * 9 * operands[0].size * shape[1], "calls": calls}
+    gradients = []
+    for what, function in asked.items():
+        fed = 2 if what == "input gradient" else 0
+        function = repeated(function, calls, fed) if calls > 1 else function
+        program = functools.partial(jax.jit(function).lower(*operands).compile(), *operands)
+        found[what] = seconds_per_call(program, steps, 1 if calls > 1 else 5) / calls
+        if what.startswith("weight"):
+            gradients.append(np.asarray(program(), np.float64))
+    norm = np.linalg.norm(gradients[0])
+    found["error"] = max(float(np.linalg.norm(g - gradients[0]) / norm) for g in gradients)
+    return found
+
+
+def torch_rows(
+    shapes: Mapping[str, tuple[int, ...]], dtype: Any, batch: int, steps: int
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(name, {clock, seconds of forward, input gradient and weight gradient}) of PyTorch.
+
+    Raises ConfigError without a checkout, and where PyTorch's process ends early.
+    """
+    peer.check()
+    settings = {"shapes": list(shapes.values()), "batch": batch, "steps": steps}
+    settings["dtype"] = str(jnp.dtype(dtype))
+    script = peer.SCRIPT.with_name("torch_layers.py")
+    command = [sys.executable, str(script), json.dumps(settings)]
+    with tempfile.TemporaryFile("w+") as log:
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True) as process:
+            assert process.stdout is not None
+            waiting = iter(shapes)
+            for line in process.stdout:
+                if line.startswith("{"):
+                    yield next(waiting), json.loads(line)
+        if process.returncode:
+            log.seek(0)
+            raise ConfigError(f"PyTorch's process ended:\n{log.read()[-2000:]}")
+
+
+def loss_functions(classes: int, batch: int, side: int) -> tuple[dict[str, Callable], tuple]:
+    """{name: loss of (logits, labels)} of 1/8 logits in each way, and random logits and labels.
 
     "whole" has the logits at full size and JAX's own gradient; the others are `pixel_scores`, whose
     ways are those of CPUs, GPUs and TPUs.
     """
-    rng, rows = np.random.default_rng(0), []
-    cells = -(-side // 8)
-    for k in classes:
-        logits = jnp.asarray(rng.standard_normal((batch, cells, cells, k), np.float32))
-        labels = jnp.asarray(rng.integers(0, k, (batch, side, side)).astype(np.uint8))
+    rng, cells = np.random.default_rng(0), -(-side // 8)
+    logits = jnp.asarray(rng.standard_normal((batch, cells, cells, classes), np.float32))
+    labels = jnp.asarray(rng.integers(0, classes, (batch, side, side)).astype(np.uint8))
 
-        def whole(logits, labels):
-            x = resizing.resize_bilinear(logits, labels.shape[1:], "corners", 1 / 8)
-            target = (labels[..., None] == jnp.arange(x.shape[-1])[None, None, None]) * x
-            return (jax.nn.logsumexp(x, -1) - target.sum(-1)).mean()
+    def whole(logits, labels):
+        x = resizing.resize_bilinear(logits, labels.shape[1:], "corners", 1 / 8)
+        target = (labels[..., None] == jnp.arange(x.shape[-1])[None, None, None]) * x
+        return (jax.nn.logsumexp(x, -1) - target.sum(-1)).mean()
 
-        def slabs(way, rounded, logits, labels):
-            how = (), "corners", 8, rounded, 1, way
-            scores: Any = pixel_scores.pixel_scores(logits, labels, *how)
-            return losses.mean(*losses.sums(scores, labels))
+    def slabs(way, rounded, logits, labels):
+        how = (), "corners", 8, rounded, 1, way
+        scores: Any = pixel_scores.pixel_scores(logits, labels, *how)
+        return losses.mean(*losses.sums(scores, labels))
 
-        row: dict[str, Any] = {"classes": k}
-        named = {"whole": whole} | {
-            f"slabs, {way}, {dtype} gradient": functools.partial(slabs, way, jnp.dtype(dtype))
-            for way in pixel_scores.WAYS
-            for dtype in ("float32", "bfloat16")
-        }
-        for name, function in named.items():
-            program = jax.jit(jax.value_and_grad(function)).lower(logits, labels).compile()
-            seconds = seconds_per_call(functools.partial(program, logits, labels), steps)
-            memory: Any = program.memory_analysis()
-            row[name] = {"seconds": seconds, "temporary_bytes": memory.temp_size_in_bytes}
-        rows.append(row)
-    return rows
+    named = {"whole": whole} | {
+        f"slabs, {way}, {dtype} gradient": functools.partial(slabs, way, jnp.dtype(dtype))
+        for way in pixel_scores.WAYS
+        for dtype in ("float32", "bfloat16")
+    }
+    return named, (logits, labels)
 
 
-def show_losses(rows: list[dict[str, Any]]) -> None:
-    for row in rows:
-        for name, f in row.items():
-            if name != "classes":
-                memory = f"{f['temporary_bytes'] / 2**20:,.0f} MiB"
-                print(
-                    f"loss, {row['classes']} classes, {name}: {1e3 * f['seconds']:.2f} ms, {memory}"
-                )
+def loss_row(function: Callable, logits: jax.Array, labels: jax.Array, steps: int) -> dict:
+    """{seconds, temporary_bytes} of a loss with its gradient by the logits."""
+    program = jax.jit(jax.value_and_grad(function)).lower(logits, labels).compile()
+    seconds = seconds_per_call(functools.partial(program, logits, labels), steps)
+    memory: Any = program.memory_analysis()
+    return {"seconds": seconds, "temporary_bytes": memory.temp_size_in_bytes}
 
 
-def show(rows: list[dict[str, Any]]) -> None:
-    """Milliseconds and TFLOP/s of each function, a line each."""
-    for row in rows:
-        print("{} -> {} channels, {} cells a side, dilation {}".format(*row["shape"]))
-        for name, seconds in row.items():
-            if name not in ("shape", "flop", "error"):
-                rate = row["flop"] / seconds / 1e12
-                print(f"  {name:<28}{1e3 * seconds:>9.3f} ms{rate:>8.1f} TFLOP/s")
+def show_loss(name: str, row: dict[str, Any]) -> None:
+    memory = f"{row['temporary_bytes'] / 2**20:,.0f} MiB"
+    print(f"loss, {name}: {1e3 * row['seconds']:.2f} ms, {memory}", flush=True)
+
+
+def show(name: str, row: dict[str, Any]) -> None:
+    """Milliseconds of each function and, of ours, TFLOP/s, a line each."""
+    print(f"{name}: " + (f"PyTorch, by {row['clock']}" if "clock" in row else "ours"), flush=True)
+    for what, seconds in row.items():
+        if what not in ("flop", "calls", "error", "clock", "of"):
+            rate = f"{row['flop'] / seconds / 1e12:>8.1f} TFLOP/s" if "flop" in row else ""
+            print(f"  {what:<28}{1e3 * seconds:>9.4f} ms{rate}", flush=True)
