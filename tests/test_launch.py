@@ -196,9 +196,27 @@ def test_slurm_tasks_find_each_other():
     assert single["coordinator_address"] == "login1:62345"
     given = distributed.place(arguments(coordinator="10.0.0.1:99"), slurm())
     assert given == expected | {"coordinator_address": "10.0.0.1:99"}
-    per_card = slurm(CUDA_VISIBLE_DEVICES="0,1", SLURM_STEP_TASKS_PER_NODE="2(x2)")
-    assert distributed.place(arguments(), per_card)["local_device_ids"] == [1]
     assert distributed.place(arguments(), slurm(SLURM_NTASKS="1")) is None
+
+
+@pytest.mark.parametrize(
+    ("tasks", "node", "shared"),
+    [
+        ("2(x2)", 1, True),
+        ("16(x2)", 1, True),
+        ("1(x2)", 1, False),
+        ("1,4", 0, False),
+        ("1,4", 1, True),
+        ("12(x3),1(x2),2", 4, False),
+        ("12(x3),1(x2),2", 5, True),
+    ],
+)
+def test_slurm_tasks_that_see_all_cards_of_their_node_take_one_each(tasks, node, shared):
+    where = {"SLURM_STEP_TASKS_PER_NODE": tasks, "SLURM_NODEID": str(node)}
+    found = distributed.place(arguments(), slurm(CUDA_VISIBLE_DEVICES="0,1", **where))
+    assert found.get("local_device_ids") == ([1] if shared else None)
+    alone = distributed.place(arguments(), slurm(CUDA_VISIBLE_DEVICES="1", **where))
+    assert "local_device_ids" not in alone
 
 
 def test_flags_that_do_not_fit():
