@@ -3,7 +3,9 @@
 import os
 import pathlib
 import shutil
+import signal
 import subprocess
+import sys
 import time
 from types import SimpleNamespace
 
@@ -22,13 +24,18 @@ echo "$JAX_NUM_CPU_DEVICES $*" > "{folder}/called-${{*: -1}}"
 """
 
 
-def launch(folder, *arguments, body="", **env):
+def launch(folder, *arguments, body="", then=None, **env):
+    """Runs the script; `then` gets its process."""
     python = folder / "python"
     python.write_text(STAND_IN.format(folder=folder, body=body))
     python.chmod(0o755)
     env = os.environ | {"PYTHON": str(python), "LOG_DIR": str(folder / "logs")} | env
-    command = [SCRIPT, *arguments]
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([SCRIPT, *arguments], env=env, **pipes)
+    if then:
+        then(process)
+    out, err = process.communicate(timeout=60)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
 def test_each_process_gets_its_number_and_the_same_port(tmp_path):
@@ -55,8 +62,47 @@ def test_a_failing_process_ends_the_others_and_gives_its_exit_code(tmp_path):
 def test_a_process_that_ignores_sigterm_is_killed(tmp_path):
     body = "case $* in *process=0) exit 3 ;; *) trap '' TERM; exec sleep 50 ;; esac"
     start = time.monotonic()
-    assert launch(tmp_path, "--processes=2", "--", body=body).returncode == 3
+    assert launch(tmp_path, "--processes=2", "--", body=body, KILL_AFTER="1").returncode == 3
     assert time.monotonic() - start < 30
+
+
+def signals(folder, *numbers):
+    """Sends signals to the script once its two processes wait for them."""
+
+    def send(process):
+        for count, number in enumerate(numbers, 1):
+            deadline = time.monotonic() + 30
+            while len(list(folder.glob(f"ready-{count}-*"))) < 2:
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+            process.send_signal(number)
+
+    return send
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_run_saves_for_as_long_as_it_takes(tmp_path, number):
+    body = f"""
+    save() {{ sleep 0.5; touch "{tmp_path}/saved$1"; exit 75; }}
+    case $* in *process=0) trap 'exit 75' TERM ;; *) trap 'save -1' TERM ;; esac
+    touch "{tmp_path}/ready-1-$$"
+    for ((i = 0; i < 200; i++)); do sleep 0.1; done"""
+    then = signals(tmp_path, number)
+    result = launch(tmp_path, "--processes=2", "--", body=body, then=then, KILL_AFTER="0")
+    assert result.returncode == 75
+    assert (tmp_path / "saved-1").exists()
+    assert "a second signal kills the processes" in result.stderr
+
+
+def test_a_second_signal_kills_the_processes(tmp_path):
+    body = f"""
+    trap 'touch "{tmp_path}/ready-2-$$"' TERM
+    touch "{tmp_path}/ready-1-$$"
+    for ((i = 0; i < 200; i++)); do sleep 0.1; done"""
+    then = signals(tmp_path, signal.SIGTERM, signal.SIGTERM)
+    start = time.monotonic()
+    assert launch(tmp_path, "--processes=2", "--", body=body, then=then).returncode == 137
+    assert time.monotonic() - start < 15
 
 
 @pytest.mark.parametrize("arguments", [["--processes=0"], ["--processes=two"], ["--config=c.py"]])
