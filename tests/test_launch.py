@@ -1,10 +1,11 @@
-"""The launch scripts, with stand-ins for Python that note how they were called."""
+"""The launch scripts, with stand-ins for Python and Slurm that note how they were called."""
 
 import os
 import pathlib
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from types import SimpleNamespace
 
@@ -13,6 +14,7 @@ import yaml
 
 from duc_dlc_jax import cli, distributed
 from duc_dlc_jax.config import ConfigError
+from object_store import S3, serving, url
 from repository import ROOT
 
 LAUNCH = ROOT / "launch"
@@ -111,6 +113,74 @@ def test_wrong_options_end_before_anything_starts(tmp_path, arguments):
     assert result.returncode == 2
     assert "error: " in result.stderr
     assert not list(tmp_path.glob("called*"))
+
+
+# launch/slurm.sbatch
+
+SRUN = """#!/usr/bin/env bash
+echo "$*" >>"{folder}/srun"
+workdir="{folder}/run"
+{body}
+"""
+SCONTROL = """#!/usr/bin/env bash
+echo "$*" >>"{folder}/scontrol"
+{body}
+"""
+JOB = {"SLURM_JOB_ID": "7", "PYTHON": sys.executable, "PYTHONPATH": str(ROOT)}
+
+
+def slurm_job(folder, body, scontrol="", **env):
+    """Runs the script once, as Slurm does for a job, with stand-ins for srun and scontrol."""
+    for name, text in {"srun": SRUN, "scontrol": SCONTROL}.items():
+        program = folder / "programs" / name
+        program.parent.mkdir(exist_ok=True)
+        lines = body if name == "srun" else scontrol
+        program.write_text(text.format(folder=folder, body=lines))
+        program.chmod(0o755)
+    path = f"{folder / 'programs'}:{os.environ['PATH']}"
+    submitted = folder / "submitted"
+    submitted.mkdir(exist_ok=True)
+    env = os.environ | JOB | {"PATH": path, "SLURM_SUBMIT_DIR": str(submitted)} | env
+    workdir = env.pop("WORKDIR", str(folder / "run"))
+    command = [LAUNCH / "slurm.sbatch", "--config=c.py", f"--workdir={workdir}"]
+    return subprocess.run(
+        ["bash", *command], cwd=submitted, env=env, capture_output=True, text=True, timeout=60
+    )
+
+
+def test_a_slurm_job_gives_up_when_it_makes_no_progress(tmp_path):
+    saves = 'mkdir -p "$workdir/checkpoints/$(($(ls "$workdir/checkpoints" | wc -l) + 9))"; '
+    for body in ("exit 134", f"{saves} exit 134", "exit 134"):  # the count starts anew
+        assert slurm_job(tmp_path, body, MAX_RESTARTS="1").returncode == 0
+    assert [p.name for p in (tmp_path / "submitted").iterdir()] == ["slurm-7.restarts"]
+    last = slurm_job(tmp_path, "exit 134", MAX_RESTARTS="1")
+    assert last.returncode == 134
+    assert "2 starts without a new checkpoint" in last.stderr
+    assert (tmp_path / "scontrol").read_text() == "requeue 7\n" * 3
+    assert slurm_job(tmp_path, "exit 0").returncode == 0
+    assert not list((tmp_path / "submitted").iterdir())
+
+
+@pytest.mark.object_store
+def test_checkpoints_in_an_object_store_are_progress(tmp_path):
+    with serving(S3) as store:
+        workdir = url(store, "run")
+        program = f"""from duc_dlc_jax import storage
+(storage.path("{workdir}/checkpoints") / "$(wc -l <"{tmp_path}/srun")" / "arrays").write_text("")"""
+        job = {"WORKDIR": workdir, "MAX_RESTARTS": "0", **store.env}
+        for _ in range(2):
+            saved = slurm_job(tmp_path, f"$PYTHON - <<END\n{program}\nEND\nexit 134", **job)
+            assert saved.returncode == 0, saved.stderr
+        last = slurm_job(tmp_path, "exit 134", **job)
+    assert last.returncode == 134
+    assert "1 starts without a new checkpoint" in last.stderr
+
+
+@pytest.mark.parametrize("code", [75, 134])
+def test_a_refused_requeue_is_no_success(tmp_path, code):
+    result = slurm_job(tmp_path, f"exit {code}", scontrol="echo disabled >&2; exit 1")
+    assert result.returncode == code
+    assert "Slurm does not requeue job 7" in result.stderr
 
 
 # launch/kubernetes.yaml, and what processes learn from their cluster
