@@ -217,6 +217,43 @@ def test_kubernetes_pods_find_each_other():
     assert job["template"]["spec"]["restartPolicy"] == "Never"
 
 
+CRD = os.environ.get("DUC_DLC_JOBSET_CRD", "")
+
+
+@pytest.mark.skipif(not CRD, reason="DUC_DLC_JOBSET_CRD names no published schema of JobSet")
+def test_kubernetes_file_satisfies_the_published_schema():
+    crd = yaml.safe_load(pathlib.Path(CRD).read_text())
+    jobset = yaml.safe_load((LAUNCH / "kubernetes.yaml").read_text())
+    name = jobset["apiVersion"].partition("/")[2]
+    (version,) = (one for one in crd["spec"]["versions"] if one["name"] == name)
+    assert list(violations(jobset, version["schema"]["openAPIV3Schema"])) == []
+
+
+def violations(value, schema, where=""):
+    """What a value breaks of an OpenAPI schema: its types, choices, required and known fields."""
+    kinds = {"object": dict, "array": list, "string": str, "integer": int, "boolean": bool}
+    if not schema.get("x-kubernetes-int-or-string") and not isinstance(
+        value, kinds[schema["type"]]
+    ):
+        yield f"{where}: {value!r} is no {schema['type']}"
+    if value not in schema.get("enum", [value]):
+        yield f"{where}: {value!r} is none of {schema['enum']}"
+    if isinstance(value, list):
+        for i, one in enumerate(value):
+            yield from violations(one, schema["items"], f"{where}[{i}]")
+    if isinstance(value, dict):
+        fields = schema.get("properties", {})
+        yield from (
+            f"{where}.{name} is missing" for name in {*schema.get("required", ())} - {*value}
+        )
+        for name, one in value.items():
+            field = fields.get(name, schema.get("additionalProperties"))
+            if field:
+                yield from violations(one, field, f"{where}.{name}")
+            elif where != ".metadata":  # which Kubernetes itself knows
+                yield f"{where}.{name} is no field"
+
+
 def slurm(**changes):
     base = {"SLURM_NTASKS": "4", "SLURM_STEP_NODELIST": "gpu[07-09,12]", "SLURM_PROCID": "2"}
     return base | {"SLURM_JOB_ID": "5001", "SLURM_LOCALID": "1"} | changes
