@@ -129,12 +129,13 @@ echo "$*" >>"{folder}/scontrol"
 JOB = {"SLURM_JOB_ID": "7", "PYTHON": sys.executable, "PYTHONPATH": str(ROOT)}
 
 
-def slurm_job(folder, body, scontrol="", **env):
-    """Runs the script once, as Slurm does for a job, with stand-ins for srun and scontrol."""
-    for name, text in {"srun": SRUN, "scontrol": SCONTROL}.items():
+def slurm_job(folder, body, scontrol="", state="RUNNING", **env):
+    """Runs the script once, as Slurm does for a job, with stand-ins for Slurm's commands."""
+    programs = {"srun": (SRUN, body), "scontrol": (SCONTROL, scontrol)}
+    programs["squeue"] = ("#!/bin/sh\n{body}", f"echo {state}")
+    for name, (text, lines) in programs.items():
         program = folder / "programs" / name
         program.parent.mkdir(exist_ok=True)
-        lines = body if name == "srun" else scontrol
         program.write_text(text.format(folder=folder, body=lines))
         program.chmod(0o755)
     path = f"{folder / 'programs'}:{os.environ['PATH']}"
@@ -181,6 +182,12 @@ def test_a_refused_requeue_is_no_success(tmp_path, code):
     result = slurm_job(tmp_path, f"exit {code}", scontrol="echo disabled >&2; exit 1")
     assert result.returncode == code
     assert "Slurm does not requeue job 7" in result.stderr
+
+
+def test_a_job_that_slurm_itself_requeues_is_no_failure(tmp_path):
+    result = slurm_job(tmp_path, "exit 75", scontrol="exit 1", state="COMPLETING")
+    assert result.returncode == 0
+    assert "error" not in result.stderr
 
 
 # launch/kubernetes.yaml, and what processes learn from their cluster

@@ -1,5 +1,6 @@
 """launch/tpu_pod.sh, with tests/tpu_stand_in.sh for gcloud, whose hosts are folders here."""
 
+import contextlib
 import os
 import pathlib
 import signal
@@ -79,10 +80,15 @@ def tpu_pod(tmp_path, monkeypatch):
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            start_new_session=True,
         )
-        if then:
-            then(process)
-        out, err = process.communicate(timeout=60)
+        try:
+            if then:
+                then(process)
+            out, err = process.communicate(timeout=60)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
         calls = (tmp_path / "calls").read_text().split("\0")[:-1]
         return Run(process.returncode, out, err, calls)
 
@@ -157,7 +163,7 @@ def test_a_trainer_that_was_killed_with_its_shell_is_tried_again(tpu_pod):
 def test_what_still_trains_is_ended_before_the_next_start(tpu_pod, tmp_path):
     ended = tmp_path / "ended"
     waits = f"trap 'touch {ended}; exit 75' TERM; while true; do sleep 0.1; done"
-    hosts = [["sleep 0.5; exit 134", f"[ -e {ended} ] || exit 3"], [waits, "exit 0"]]
+    hosts = [["sleep 0.5; exit 134", "exit 0"], [waits, f"[ -e {ended} ] || exit 3"]]
     run = tpu_pod("--patience=0", hosts=hosts)
     assert run.code == 0, run.err
     assert "exit code 134 on one host, while others go on" in run.err
