@@ -161,10 +161,18 @@ def _slurm(environment: Mapping[str, str], address: str) -> dict:
     count, index = int(environment["SLURM_NTASKS"]), int(environment["SLURM_PROCID"])
     settings = _settings(address, count, index)
     cards = environment.get("CUDA_VISIBLE_DEVICES", "").split(",")
-    shared = len(cards) > 1 and environment.get("SLURM_STEP_TASKS_PER_NODE", "1")[0] != "1"
-    if shared:  # tasks that see all cards of their node: one card each
+    if len(cards) > 1 and _slurm_tasks_here(environment) > 1:  # all see all cards: one each
         settings["local_device_ids"] = [int(environment["SLURM_LOCALID"])]
     return settings
+
+
+def _slurm_tasks_here(environment: Mapping[str, str]) -> int:
+    """Tasks of the step on this node; Slurm writes those of all nodes as "16(x2),1"."""
+    text = environment.get("SLURM_STEP_TASKS_PER_NODE", "1")
+    counts: list[int] = []
+    for tasks, nodes in re.findall(r"(\d+)(?:\(x(\d+)\))?", text):
+        counts += [int(tasks)] * int(nodes or 1)
+    return counts[int(environment.get("SLURM_NODEID", 0))]
 
 
 def _has_tpu() -> bool:

@@ -5,12 +5,14 @@
 #
 # What follows -- goes to `python -m duc_dlc_jax.main`. Process 0 writes to this terminal, the others
 # to a file each. When one process fails, the others are ended and its exit code is the script's.
-# Needs bash 5.1.
+# SIGTERM or Ctrl-C: all processes save a checkpoint and end with code 75, as long as that takes; a
+# second one kills them. Needs bash 5.1.
 #
 # DEVICES_PER_PROCESS  CPU devices of each process, or GPUs of each process (default 1)
 # JAX_PLATFORMS        cpu (default) or cuda
 # PYTHON               interpreter (default: .venv/bin/python if there is one, else python3)
 # LOG_DIR              folder for the output of processes 1 and up (default: a temporary one)
+# KILL_AFTER           seconds that the others have to end when one failed (default 5)
 set -euo pipefail
 
 usage() {
@@ -47,19 +49,28 @@ mkdir -p "$logs"
 port="$("$python" -c 'import socket; s = socket.create_server(("localhost", 0)); print(s.getsockname()[1])')"
 
 pids=()
-finish() {  # SIGTERM, and SIGKILL after 5 s: jax.distributed catches the first
+finish() {  # SIGTERM, and SIGKILL later: jax.distributed catches the first
   local tries
   ((${#pids[@]})) || return 0
   kill "${pids[@]}" 2>/dev/null || true
-  for ((tries = 0; tries < 50; tries++)); do
+  for ((tries = 0; tries < 10 * ${KILL_AFTER:-5}; tries++)); do
     kill -0 "${pids[@]}" 2>/dev/null || break
     sleep 0.1
   done
   kill -KILL "${pids[@]}" 2>/dev/null || true
 }
 trap finish EXIT
-trap 'exit 130' INT
-trap 'exit 143' TERM
+
+stopping=
+stop() {
+  local signal=KILL
+  if [[ -z "$stopping" ]]; then
+    stopping=1 signal=TERM
+    printf 'stopping with a checkpoint; a second signal kills the processes\n' >&2
+  fi
+  kill -s "$signal" "${pids[@]}" 2>/dev/null || true
+}
+trap stop INT TERM
 
 for ((i = 0; i < processes; i++)); do
   command=("$python" -m duc_dlc_jax.main "$@"
@@ -81,16 +92,23 @@ if ((processes > 1)); then
   printf 'output of the other processes: %s/process-N.log\n' "$logs" >&2
 fi
 
+if [[ -n "$stopping" ]]; then kill "${pids[@]}" 2>/dev/null || true; fi  # those started since, too
+
+result=0
 while ((${#pids[@]})); do
   code=0 ended=
   wait -n -p ended "${pids[@]}" || code=$?
+  if [[ -z "${ended:-}" ]]; then continue; fi  # a signal ended the wait
   for i in "${!pids[@]}"; do
     if [[ "${pids[i]}" == "$ended" ]]; then break; fi
   done
   unset "pids[i]"
-  if ((code != 0)); then
+  if ((code == 75)); then  # told to stop, and so are the others: none is to be killed while it saves
+    result=75
+  elif ((code != 0)); then
     if ((i != 0)); then tail -n 20 "$logs/process-$i.log" >&2; fi
     printf 'process %d of %d ended with exit code %d; ending the others\n' "$i" "$processes" "$code" >&2
     exit "$code"
   fi
 done
+if ((result)); then exit "$result"; fi

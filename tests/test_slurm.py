@@ -89,6 +89,7 @@ def test_requeued_jobs_resume_bit_for_bit(cluster, scenes_dir, tmp_path):
     text = job.log.read_text()
     assert "stopped by SIGTERM; step" in text
     assert "stopped with a checkpoint: job" in text
+    assert "Slurm does not requeue" not in text
     assert text.count("resuming from step") >= 2
     first, second = saved_state(straight, 40), saved_state(workdir, 40)
     assert first.keys() == second.keys()
