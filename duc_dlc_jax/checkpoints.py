@@ -9,7 +9,8 @@ import math
 import os
 import shutil
 import threading
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
@@ -45,11 +46,39 @@ class _Manager(ocp.CheckpointManager):
     """Orbax's manager, which leaves it to the loop to ask whether to stop.
 
     It would ask at points of its own, and processes agree on a point by counting the asking.
+
+    With several processes it does not wait for the others, at barriers of minutes, where this one
+    could not write its part of a save: `wait_until_finished` raises at once.
     """
+
+    _failure: Exception | None = None
 
     def reached_preemption(self, step: int) -> bool:
         del step
         return False
+
+    def wait_until_finished(self) -> None:
+        while jax.process_count() > 1 and self.is_saving_in_progress():
+            if self._failure:
+                raise self._failure
+            time.sleep(0.02)
+        super().wait_until_finished()
+
+    def _wait_for_checkpointers(self) -> None:
+        with self._noting_failure():
+            super()._wait_for_checkpointers()
+
+    def _finalize_checkpoint(self, step: int) -> Any:
+        with self._noting_failure():
+            return super()._finalize_checkpoint(step)
+
+    @contextlib.contextmanager
+    def _noting_failure(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            self._failure = error
+            raise
 
 
 class Checkpoints:
@@ -354,9 +383,10 @@ class Checkpoints:
             with contextlib.suppress(Exception):  # the run ends by another error
                 self._manager.close()
 
-        thread = threading.Thread(target=end, daemon=True)
-        thread.start()
-        thread.join(PATIENCE)
+        if not self._failed:
+            thread = threading.Thread(target=end, daemon=True)
+            thread.start()
+            thread.join(PATIENCE)
 
     def close(self) -> None:
         """Raises CheckpointError for a failed save of which no other call has told."""
