@@ -14,6 +14,7 @@ from duc_dlc_jax.models.resizing import along_axis, interpolation_matrix
 
 WAYS = ("bands", "taps", "grid")  # of CPUs, GPUs and TPUs: `_Slabs`
 SLAB_BYTES = 2**24  # of one image's logits that are there at a time
+COLUMNS = 128  # of the image, at least, in one product of the gradient: `_columns_back`
 
 
 class Scores(NamedTuple):
@@ -138,13 +139,13 @@ class _Rows(NamedTuple):
 class _Slabs:
     """The rows of resized logits in parts that fit `SLAB_BYTES` an image.
 
-    A slab needs a band of the grid's rows. How it is made, which is a matter of speed alone
-    (docs/performance.md, "The loss, alone" and "Growth"):
-      bands: the columns of the band are resized first, its rows last, so that on a CPU work and
-        memory grow with the pixels.
-      taps: rows first, of the whole grid; then each pixel reads its two columns.
-      grid: rows first, then columns by a product: where rows lie on several devices less is sent,
-        and a TPU's program moves and holds less.
+    A slab needs a band of the grid's rows: by products with all of them work would grow faster than
+    the pixels. How it is made is a matter of speed alone (docs/performance.md, "The loss, alone"
+    and "Growth"):
+      bands: each pixel of the band's rows reads its two columns; rows last.
+      taps: rows first; then each pixel reads its two columns.
+      grid: rows first, then columns by a product with all: where rows lie on several devices less
+        is sent, and a TPU's program moves and holds less.
     """
 
     def __init__(self, logits, labels, grid: str, stride: int, shards: int, way: str):
@@ -160,21 +161,12 @@ class _Slabs:
             for cells, pixels in zip(logits.shape[1:3], (height, width), strict=True)
         )
         self._same = stride == 1
-        self._bands = self._bands_of(rows) if way == "bands" else _Rows(
-            self._parts(jnp.asarray(rows, logits.dtype)), jnp.zeros(self._count, jnp.int32)
-        )  # fmt: skip
-
-    def _bands_of(self, rows: np.ndarray) -> _Rows:
-        """The rows of each slab, with the narrowest band that holds what any of them needs."""
-        height = self._height
-        slabs = [rows[i * height : (i + 1) * height] for i in range(self._count)]
-        used = [np.flatnonzero(slab.any(0)) for slab in slabs]
-        band = max((u[-1] - u[0] + 1 for u in used if u.size), default=1)
-        starts = [min(u[0], rows.shape[1] - band) if u.size else 0 for u in used]
-        matrix = np.zeros((self._count, height, band))
-        for part, slab, start in zip(matrix, slabs, starts, strict=True):
-            part[: len(slab)] = slab[:, start : start + band]
-        return _Rows(jnp.asarray(matrix, self._logits.dtype), jnp.asarray(starts, jnp.int32))
+        if shards > 1:  # a slab has rows of each
+            matrix = self._parts(jnp.asarray(rows, logits.dtype))
+            self._bands = _Rows(matrix, jnp.zeros(self._count, jnp.int32))
+        else:
+            matrix, starts = _banded(rows, self._count)
+            self._bands = _Rows(jnp.asarray(matrix, logits.dtype), jnp.asarray(starts, jnp.int32))
 
     def _parts(self, rows: jax.Array, fill: int = 0) -> jax.Array:
         """[..., H, W] -> [count, ..., shards * rows, W]."""
@@ -218,39 +210,75 @@ class _Slabs:
         """Some rows of the logits at the pixels, [B, rows, W, K]."""
         if self._same:
             return self._logits
-        columns = jnp.asarray(self._columns, self._logits.dtype)
+        x, band = self._logits, rows.matrix.shape[1]
+        if band < x.shape[1]:
+            x = jax.lax.dynamic_slice_in_dim(x, rows.start, band, 1)
         if self._way == "bands":
-            band = rows.matrix.shape[1]
-            x = jax.lax.dynamic_slice_in_dim(self._logits, rows.start, band, 1)
-            return along_axis(rows.matrix, _along_columns(columns, x), 1)
-        x = along_axis(rows.matrix, self._logits, 1)
-        return _taps_of(self._columns, x) if self._way == "taps" else along_axis(columns, x, 2)
+            return along_axis(rows.matrix, _taps_of(self._columns, x), 1)
+        x = along_axis(rows.matrix, x, 1)
+        if self._way == "taps":
+            return _taps_of(self._columns, x)
+        return along_axis(jnp.asarray(self._columns, x.dtype), x, 2)
 
     def back(self, gradient: jax.Array, rows: _Rows) -> jax.Array:
-        """What a gradient of `resized` is for the logits, or for the band of them: [B, n, w, K]."""
+        """What a gradient of `resized` is for the band of the logits: [B, band, w, K]."""
         wide = self._logits.dtype
         if self._same:
             return gradient.astype(wide)
-        columns = self._columns.T
-        if self._way != "bands":
-            columns = jnp.asarray(columns, gradient.dtype)
-            return along_axis(rows.matrix.T, along_axis(columns, gradient, 2, wide), 1)
-        matrix = rows.matrix.T.astype(gradient.dtype)
-        return _along_columns(jnp.asarray(columns, wide), along_axis(matrix, gradient, 1, wide))
+        if self._way == "bands":
+            matrix = rows.matrix.T.astype(gradient.dtype)
+            return _columns_back(self._columns, along_axis(matrix, gradient, 1, wide), wide)
+        if self._way == "taps":
+            found = _columns_back(self._columns, gradient, wide)
+        else:
+            columns = jnp.asarray(self._columns.T, gradient.dtype)
+            found = along_axis(columns, gradient, 2, wide)
+        return along_axis(rows.matrix.T, found, 1)
 
 
-def _along_columns(matrix: jax.Array, x: jax.Array) -> jax.Array:
-    """matrix [o, i] applied to axis 2 of x [B, n, i, K], in full precision, as one product."""
-    return jnp.einsum("oi,bnik->bnok", matrix, x, precision=jax.lax.Precision.HIGHEST)
+def _banded(matrix: np.ndarray, parts: int) -> tuple[np.ndarray, np.ndarray]:
+    """matrix [pixels, cells] as parts [parts, pixels of one, band] and the first cell of each.
+
+    The band is the narrowest that holds the cells that any part reads.
+    """
+    pixels, cells = matrix.shape
+    if parts == 1:
+        return matrix[None], np.zeros(1, int)
+    size = -(-pixels // parts)
+    matrix = np.pad(matrix, ((0, parts * size - pixels), (0, 0))).reshape(parts, size, cells)
+    used = np.any(matrix, axis=1)
+    first, last = used.argmax(1), cells - used[:, ::-1].argmax(1)
+    band = np.where(np.any(used, axis=1), last - first, 1).max()
+    starts = np.minimum(first, cells - band)
+    return np.stack([part[:, i : i + band] for part, i in zip(matrix, starts, strict=True)]), starts
 
 
 def _taps_of(matrix: np.ndarray, x: jax.Array) -> jax.Array:
-    """As `_along_columns`, of a matrix with one or two neighbours in each row."""
+    """matrix [o, i], with at most two numbers in a row, applied to axis 2 of x [B, n, i, K]."""
     pixels, cells = np.arange(len(matrix)), matrix.shape[1]
-    low = np.minimum((matrix > 0).argmax(1), max(cells - 2, 0))
-    high = np.minimum(low + 1, cells - 1)
+    low, high = (matrix > 0).argmax(1), cells - 1 - (matrix[:, ::-1] > 0).argmax(1)
     first, second = matrix[pixels, low], np.where(high > low, matrix[pixels, high], 0)
     first, second = (
         jnp.asarray(weight, x.dtype)[None, None, :, None] for weight in (first, second)
     )
     return first * jnp.take(x, low, 2, mode="clip") + second * jnp.take(x, high, 2, mode="clip")
+
+
+def _columns_back(matrix: np.ndarray, x: jax.Array, dtype: Any) -> jax.Array:
+    """The transpose of matrix [W, w] applied to axis 2 of x [B, n, W, K]: a product per block.
+
+    Blocks are no narrower than what reads one cell, so that a cell has its sum from two at most.
+    """
+    width = x.shape[2]
+    blocks = max(width // max(COLUMNS, (matrix > 0).sum(0).max()), 1)
+    parts, starts = _banded(matrix, blocks)
+    missing = blocks * parts.shape[1] - width
+    x = jnp.pad(x, ((0, 0), (0, 0), (0, missing), (0, 0)))
+    x = x.reshape(*x.shape[:2], blocks, -1, x.shape[-1])
+    found = along_axis(jnp.asarray(parts.swapaxes(1, 2), x.dtype), x, 3, dtype)
+    found = found.reshape(*x.shape[:2], -1, x.shape[-1])
+    if blocks == 1:
+        return found
+    cells = starts[:, None] + np.arange(parts.shape[2])[None]
+    sums = (np.arange(matrix.shape[1])[:, None, None] == cells[None]) & np.any(parts, axis=1)[None]
+    return _taps_of(sums.reshape(len(sums), -1), found)

@@ -160,7 +160,7 @@ def _kernel(instruction: Instruction) -> Iterable[str]:
 
 
 def _moved(instruction: Instruction, body: dict[str, Instruction], found: Computations) -> int:
-    """Of an operand that a fusion takes a slice of, or writes a slice into, the slice."""
+    """Of an operand that a fusion takes slices of, or writes a slice into, the slices."""
     if instruction.opcode in _FREE:
         return 0
     if instruction.opcode in ("dynamic-slice", "slice"):
@@ -176,11 +176,15 @@ def _moved(instruction: Instruction, body: dict[str, Instruction], found: Comput
     total, written = 0, instruction.bytes
     for position, operand in enumerate(instruction.operands):
         whole = body[operand].bytes if operand in body else 0
-        readers = [i for i in inner.values() if parameters.get(position) in i.operands]
-        if readers and all(i.opcode in ("dynamic-slice", "slice") for i in readers):
-            whole = min(whole, sum(i.bytes for i in readers))
-        elif readers and all(i.opcode == "dynamic-update-slice" for i in readers):
-            updates = sum(inner[i.operands[1]].bytes for i in readers)
-            written, whole = written - whole + updates, 0  # in place
+        name = parameters.get(position)
+        readers = [i for i in inner.values() if name in i.operands]
+        slices = [i for i in readers if i.opcode in ("dynamic-slice", "slice")]
+        updates = [
+            i for i in readers if i.opcode == "dynamic-update-slice" and i.operands[0] == name
+        ]
+        if readers and len(slices) + len(updates) == len(readers):
+            if updates:  # in place
+                written += sum(inner[i.operands[1]].bytes for i in updates) - whole
+            whole = min(whole, sum(i.bytes for i in slices))
         total += whole
     return total + max(written, 0)

@@ -32,6 +32,31 @@ def test_loops_count_as_often_as_they_run():
     assert moved >= 6 * 4 * (64 * 64 + 2 * 32 * 64)
 
 
+IN_PLACE = """
+%fused (total: f32[8,4], part: f32[2,4], row: s32[]) -> f32[8,4] {
+  %total = f32[8,4]{1,0} parameter(0)
+  %part = f32[2,4]{1,0} parameter(1)
+  %row = s32[] parameter(2)
+  %old = f32[2,4]{1,0} dynamic-slice(%total, %row, %row), dynamic_slice_sizes={2,4}
+  %new = f32[2,4]{1,0} add(%old, %part)
+  ROOT %updated = f32[8,4]{1,0} dynamic-update-slice(%total, %new, %row, %row)
+}
+
+ENTRY %main (x: f32[8,4], y: f32[2,4], i: s32[]) -> f32[8,4] {
+  %x = f32[8,4]{1,0} parameter(0)
+  %y = f32[2,4]{1,0} parameter(1)
+  %i = s32[] parameter(2)
+  %sum = f32[8,4]{1,0} fusion(%x, %y, %i), kind=kLoop, calls=%fused
+}
+"""
+
+
+def test_a_slice_that_is_added_to_in_place_moves_as_a_slice():
+    """The slice read, what is added, its index, and the slice written."""
+    entry, found = programs.computations(IN_PLACE)
+    assert programs._moved(found[entry]["sum"], found[entry], found) == 3 * 4 * 2 * 4 + 4
+
+
 TPU = """
 %body (p: (s32[], f32[8,4])) -> (s32[], f32[8,4]) {
   %a = f32[8,4]{1,0:T(8,128)} all-reduce(%x), replica_groups={{0,1},{2,3}}

@@ -113,6 +113,7 @@ class Conv(nn.Module):
 
 
 WEIGHT_GRADIENTS = ("compiler", "taps", "columns")
+CELLS_BY_IMAGE = 900  # from which on a CPU takes "taps" for a 1x1 kernel: docs/performance.md
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
@@ -133,8 +134,8 @@ def convolve(
       "columns": one matrix product of these inputs side by side.
       "": what was fastest on the platform (docs/performance.md). On GPUs "columns" where
         dilation > 1, for XLA knows no kernel of cuDNN for these. On CPUs "taps" for 1x1 kernels
-        from 900 cells on: XLA transposes the gradient before its own product, over three axes.
-        (One product of all images' cells is faster still, but splits rows over no devices.)
+        from `CELLS_BY_IMAGE` on: XLA transposes the gradient before its own product, over three
+        axes. (One product of all images' cells is faster still, but splits rows over no devices.)
     """
     del weight_gradient
     return _plain_convolve(x, kernel, stride, dilation, groups)
@@ -172,7 +173,7 @@ def _convolve_backward(stride, dilation, groups, weight_gradient, saved, dy):
 
     if weight_gradient or groups > 1:
         return dx, gradient(weight_gradient or "compiler")(x, kernel, dy)
-    by_image = len(kernel) == 1 and dy.shape[1] * dy.shape[2] >= 900
+    by_image = len(kernel) == 1 and dy.shape[1] * dy.shape[2] >= CELLS_BY_IMAGE
     dk = jax.lax.platform_dependent(
         x,
         kernel,

@@ -85,11 +85,13 @@ def _resized(x, size, grid, step, axes):
 def along_axis(matrix: Any, x: jax.Array, axis: int, dtype: Any = None) -> jax.Array:
     """matrix [o, i] applied to one axis of x, of length i, in full precision; dtype: of the result.
 
-    One product for each place on the leading axes: nothing is transposed, and rows and batch stay
-    apart, for either may be split over devices.
+    Or matrix [n, o, i], one for each place on the axis before. One product for each place on the
+    leading axes: nothing is transposed, and rows and batch stay apart, for either may be split over
+    devices.
     """
     lead, tail = x.shape[:axis], x.shape[axis + 1 :]
-    weights = jnp.broadcast_to(matrix[(None,) * axis], (*lead, *matrix.shape))
+    weights = matrix[(None,) * (axis + 2 - matrix.ndim)]
+    weights = jnp.broadcast_to(weights, (*lead, *matrix.shape[-2:]))
     y = jnp.einsum(
         "...oi,...ic->...oc",
         weights,
@@ -97,7 +99,7 @@ def along_axis(matrix: Any, x: jax.Array, axis: int, dtype: Any = None) -> jax.A
         precision=jax.lax.Precision.HIGHEST,
         preferred_element_type=dtype,
     )
-    return y.reshape(*lead, matrix.shape[0], *tail)
+    return y.reshape(*lead, matrix.shape[-2], *tail)
 
 
 def _named_resize(grid: str) -> Callable:
