@@ -62,7 +62,7 @@ def train(
     record_names: each step's records go by name to records.jsonl, those that this process reads.
 
     Raises ConfigError or FileNotFoundError before any compilation where the configuration, the
-    devices, the workdir and the prepared data do not fit together.
+    devices, the workdir, its classes and the prepared data do not fit together.
     """
     config_lib.validate(config)
     workdir = storage.path(workdir)
@@ -271,6 +271,7 @@ def _first_state(config, workdir, model, optimizer, saved, mesh, records) -> tup
 
     everywhere = sharding.replicated(mesh)
     if saved.latest_step() is not None:
+        workdirs.check_classes(workdir, records.spec)
         for name, (old, new) in workdirs.changed_fields(workdir, config).items():
             logging.warning("resuming with %s=%r; the workdir was trained with %r", name, new, old)
     if restored := saved.restore_latest(sharding.shapes(jax.eval_shape(fresh), everywhere)):

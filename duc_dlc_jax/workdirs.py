@@ -73,6 +73,21 @@ def create(
     write(workdir, config, spec)
 
 
+def check_classes(workdir: epath.Path, spec: LabelSpec) -> None:
+    """Raises ConfigError unless a run's classes are those of `spec`, in the same order.
+
+    The ids that mean them in masks may differ: data prepared anew may have others.
+    """
+    path = workdir / "labels.json"
+    trained = LabelSpec.from_json(path.read_text()).classes if path.exists() else spec.classes
+    if trained != spec.classes:
+        raise config_lib.ConfigError(
+            f"the network in {workdir} was trained to label {', '.join(trained)}; the classes of "
+            f"{spec.name} are {', '.join(spec.classes)}. Give another workdir; to start from that "
+            f"network, with classes matched by name: --config.init.checkpoint={workdir}"
+        )
+
+
 def changed_fields(workdir: epath.Path, config: ml_collections.ConfigDict) -> dict[str, tuple]:
     """Fields whose value differs from the one the workdir was last trained with: (old, new)."""
     path = workdir / "config.json"

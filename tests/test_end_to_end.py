@@ -13,7 +13,9 @@ import pytest
 from PIL import Image
 
 from duc_dlc_jax import evaluate, profiling, protocols, sharding, submit, workdirs
-from duc_dlc_jax.data import pipeline
+from duc_dlc_jax.config import ConfigError
+from duc_dlc_jax.data import builders, pipeline
+from duc_dlc_jax.data.labels import LabelSpec
 from duc_dlc_jax.data.records import open_records
 from duc_dlc_jax.train import train
 from runs import command, run, saved_state, tiny_config
@@ -135,6 +137,24 @@ def test_finished_run_started_again_only_evaluates(trained, scenes_dir, capfd):
     assert_same_state(before, saved_state(workdir, 6))
     assert again["mIoU"] == scores["mIoU"]
     assert "step 6/6" not in capfd.readouterr().err
+
+
+def test_a_workdir_keeps_its_classes(trained, scenes_dir, tmp_path):
+    """As many classes in another order would give the trained network other names."""
+    workdir, _ = trained
+    before = (workdir / "labels.json").read_text()
+    data = shutil.copytree(scenes_dir, tmp_path / "data")
+    (path,) = data.rglob(builders.SPEC_FILE)
+    spec = LabelSpec.from_json(path.read_text())
+    other = dataclasses.replace(spec, classes=spec.classes[::-1])
+    path.write_text(other.to_json())
+    with pytest.raises(
+        ConfigError, match=rf"to label {', '.join(spec.classes)}; .*init\.checkpoint"
+    ):
+        train(averaging(data), workdir)
+    assert (workdir / "labels.json").read_text() == before
+    raw = {raw + 100: train_id for raw, train_id in spec.raw_to_train.items()}
+    workdirs.check_classes(workdir, dataclasses.replace(spec, raw_to_train=raw))
 
 
 def test_a_loss_that_is_not_finite_stops_before_saving(scenes_dir, tmp_path, monkeypatch):
