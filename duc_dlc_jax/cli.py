@@ -6,6 +6,7 @@ import contextlib
 import errno
 import logging as py_logging
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -42,6 +43,7 @@ EXIT_CODES = {
     MissingProcesses: 5,
     NotEqual: 6,
     Stopped: STOPPED,
+    KeyboardInterrupt: 128 + signal.SIGINT,  # as shells say it
 }
 
 
@@ -53,7 +55,7 @@ def run(main: Callable) -> None:
             return main(argv)
         except Stopped as error:
             fail(error, STOPPED)
-        except Exception as error:
+        except (Exception, KeyboardInterrupt) as error:
             code, message = _end_of(error)
             if distributed.several():
                 if code == UNKNOWN:
@@ -64,7 +66,8 @@ def run(main: Callable) -> None:
                 raise
             if code == DISK_FULL:
                 _leave(message, code)
-            fail(error, code)
+            _say(f"error: {message}")
+            sys.exit(code)
 
     logging.set_verbosity(logging.INFO)
     logging.use_python_logging(quiet=True)
@@ -73,11 +76,11 @@ def run(main: Callable) -> None:
     app.run(guarded, flags_parser=_parse)
 
 
-def _end_of(error: Exception) -> tuple[int, str]:
+def _end_of(error: BaseException) -> tuple[int, str]:
     """The exit code of an error, and its message."""
     for kind, code in EXIT_CODES.items():
         if isinstance(error, kind):
-            return code, str(error)
+            return code, str(error) or "interrupted"
     if any(text in str(error) for text in _FULL):  # Python's, TensorFlow's and TensorStore's
         return DISK_FULL, f"{error}; make room, and the same command goes on"
     return UNKNOWN, f"{type(error).__name__}: {error}"

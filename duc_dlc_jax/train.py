@@ -126,12 +126,12 @@ class _Loop:
     def run(self, state: TrainState, batches: Iterator) -> dict[str, Any]:
         """From the state's step on; returns the scores of the last evaluation.
 
-        Raises Stopped after SIGTERM, with the state saved.
+        Raises Stopped after SIGTERM or SIGINT, with the state saved.
         """
         first = int(state.step)
         self._goodput.started()
         if first and self._evaluating(first) and not self._saved.has_scores(first):
-            self._keep(state, first, evaluating=True)  # SIGTERM had come during it
+            self._keep(state, first, evaluating=True)  # a signal had come during it
         for step in range(first + 1, self._steps + 1):
             self._trace.before(step - first - 1)
             with self._figures.waiting(), self._goodput.spent("data"):
@@ -177,7 +177,7 @@ class _Loop:
     def _keep(self, state, step: int, evaluating: bool, stopping: bool = False) -> None:
         """Saves the state, with its scores where it is time for them.
 
-        Raises Stopped after SIGTERM, which also ends an evaluation.
+        Raises Stopped after such a signal, which also ends an evaluation.
         """
         headline = None
         if evaluating and not stopping:
@@ -197,7 +197,9 @@ class _Loop:
                 self._saved.wait()
         self._goodput.line(step)
         if stopping:
-            raise Stopped(f"stopped by SIGTERM; step {step} is saved, the same command goes on")
+            raise Stopped(
+                f"stopped by {self._stop.signal}; step {step} is saved, the same command goes on"
+            )
 
 
 def device_batches(

@@ -56,6 +56,16 @@ def test_an_unknown_field_on_the_command_line_ends_in_one_line(form, capsys):
     assert capsys.readouterr().err == expected
 
 
+def test_ctrl_c_is_one_line(monkeypatch, capsys):
+    def command(argv):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli.app, "run", lambda main, flags_parser: main([]))
+    with pytest.raises(SystemExit) as end:
+        cli.run(command)
+    assert (end.value.code, capsys.readouterr().err) == (130, "error: interrupted\n")
+
+
 def test_an_unknown_field_in_a_file(tmp_path):
     path = written(tmp_path, "config.train.epoch = 3.0")
     with pytest.raises(AttributeError, match=r'Did you mean "epochs" instead of "epoch"'):

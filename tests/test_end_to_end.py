@@ -3,8 +3,10 @@
 import dataclasses
 import gzip
 import json
+import os
 import re
 import shutil
+import signal
 import sys
 
 import jax
@@ -17,6 +19,8 @@ from duc_dlc_jax.config import ConfigError
 from duc_dlc_jax.data import builders, pipeline
 from duc_dlc_jax.data.labels import LabelSpec
 from duc_dlc_jax.data.records import open_records
+from duc_dlc_jax.errors import Stopped
+from duc_dlc_jax.stopping import StopSignal
 from duc_dlc_jax.train import train
 from runs import command, run, saved_state, tiny_config
 
@@ -116,6 +120,31 @@ def test_interrupted_run_equals_the_uninterrupted_bit_for_bit(
     scores = train(averaging(scenes_dir), workdir)
     assert_same_state(saved_state(workdir, 6), saved_state(trained[0], 6))
     np.testing.assert_array_equal(scores["matrix"], trained[1]["matrix"])
+
+
+def test_ctrl_c_saves_the_step(trained, scenes_dir, tmp_path, monkeypatch):
+    original = pipeline.train_iterator
+
+    def interrupted(*args, **kwargs):
+        for number, batch in enumerate(original(*args, **kwargs), 1):
+            if number == 3:
+                os.kill(os.getpid(), signal.SIGINT)
+            yield batch
+
+    monkeypatch.setattr(pipeline, "train_iterator", interrupted)
+    with pytest.raises(Stopped, match="stopped by SIGINT; step 3 is saved"):
+        train(averaging(scenes_dir), tmp_path)
+    assert saved_state(tmp_path, 3).keys() == saved_state(trained[0], 6).keys()
+
+
+def test_a_second_ctrl_c_ends_at_once():
+    stop = StopSignal()
+    with stop.listening():
+        assert not stop.reached()
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.reached()
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_planted_fault_iterator_restarted(trained, interrupted, scenes_dir, tmp_path, monkeypatch):
