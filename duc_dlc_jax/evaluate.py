@@ -213,6 +213,11 @@ def main(_) -> None:
         raise ConfigError("either --workdir=DIR, or --model=BUNDLE or workdir")
     if args.pictures and is_bundle(path):
         raise ConfigError(f"--pictures writes into a workdir; {path} is a bundle")
+    if args.pictures:
+        storage.check(storage.path(path), write=True, flag="--workdir")
+    for name in ("json", "report"):
+        if target := getattr(args, name):
+            storage.check(storage.path(target), write=True, flag=f"--{name}", file=name == "json")
     run, records = open_run(args, path, args.format)
     evaluators = {}
     for name in args.protocol or ["config.eval"]:
@@ -287,7 +292,7 @@ def write_json(path: epath.Path, run: workdirs.Run, results: dict[str, dict[str,
     summaries = {name: summary(scores, run.spec) for name, scores in results.items()}
     figures = {"protocols": summaries} if len(results) > 1 else next(iter(summaries.values()))
     written = {"step": run.step, **figures, "config": run.config.to_dict()}
-    path.write_text(json.dumps(written, indent=1) + "\n")
+    storage.write_text(path, json.dumps(written, indent=1) + "\n")
 
 
 if __name__ == "__main__":

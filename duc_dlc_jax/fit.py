@@ -235,6 +235,7 @@ def main(argv: list[str]) -> None:
         found = request.inspect(workdir)
         print(text(found, *make_plan(found, request)))
         return
+    storage.check(workdir, write=True, flag="--workdir")
     cli.use_compilation_cache(epath.Path(workdir))
     command = shlex.join(["python", "-m", "duc_dlc_jax.fit", *sys.argv[1:]])
     if fit(request, workdir, yes=args.yes, command=command) is None:

@@ -37,7 +37,7 @@ def import_model(name: str, workdir: epath.Path, labels: str = "") -> ml_collect
         the labels'; the workdir holds a run.
       FileNotFoundError: no such file.
     """
-    workdirs.check_new(workdir)
+    workdirs.check_new(workdir, "--workdir")
     path, _ = weights.find(name, "torchvision")
     tensors = read_tensors(path)
     layout = deeplabv3.recognised(path, tensors)

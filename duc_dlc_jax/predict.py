@@ -232,6 +232,7 @@ def main(_) -> None:
     if not is_bundle(args.model):  # which stays as it is
         cli.use_compilation_cache(storage.path(args.model))
     output = storage.local("--output", args.output)
+    storage.check(output, write=True, flag="--output")
     for text in args.input:
         storage.local("--input", text)
     found = inputs.find(args.input, output)

@@ -129,7 +129,7 @@ def average(
 
     Raises ConfigError where there are fewer checkpoints; as `statistics.estimate`.
     """
-    workdirs.check_new(output)
+    workdirs.check_new(output, "--output")
     config, spec, model = workdirs.described(workdir)
     with checkpoints.Checkpoints(workdir) as saved:
         steps = saved.steps()[-last:]
@@ -174,7 +174,7 @@ def ema(workdir: epath.Path, output: epath.Path, checkpoint: str = "best") -> li
 
     Raises ConfigError where it kept no average.
     """
-    workdirs.check_new(output)
+    workdirs.check_new(output, "--output")
     config, spec, model = workdirs.described(workdir)
     if not config.optimizer.ema_decay:
         raise ConfigError(f"{workdir} kept no average: optimizer.ema_decay is 0")
@@ -191,7 +191,7 @@ def classes(
     """Writes the network with the classes of `spec`, at step 0; classes of the same name keep their
     weights, the other ones are drawn from config.seed.
     """
-    workdirs.check_new(output)
+    workdirs.check_new(output, "--output")
     run = workdirs.load(workdir, checkpoint)
     config = run.config
     config.data.name = spec.name

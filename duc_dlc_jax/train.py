@@ -66,7 +66,7 @@ def train(
     """
     config_lib.validate(config)
     workdir = storage.path(workdir)
-    storage.check(workdir, write=jax.process_index() == 0)
+    storage.check(workdir, write=jax.process_index() == 0, flag="--workdir")
     mesh = sharding.training_mesh(config)
     records = open_records(config.data, config.data.train_split)
     val_records = open_records(config.data, config.data.eval_split)

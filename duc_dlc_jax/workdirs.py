@@ -46,9 +46,9 @@ def write(workdir: epath.Path, config: ml_collections.ConfigDict, spec: LabelSpe
     (workdir / "labels.json").write_text(spec.to_json() + "\n")
 
 
-def check_new(workdir: epath.Path) -> None:
-    """Raises ConfigError where a run is already, and where nothing can be written to a store."""
-    storage.check(workdir, write=True)
+def check_new(workdir: epath.Path, flag: str) -> None:
+    """Raises ConfigError where a run is already, and where nothing can be written."""
+    storage.check(workdir, write=True, flag=flag)
     for name in ("config.json", "checkpoints"):
         if (workdir / name).exists():
             raise config_lib.ConfigError(

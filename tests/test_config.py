@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import errno
 import pathlib
 import re
 import subprocess
@@ -66,6 +67,11 @@ def test_ctrl_c_is_one_line(monkeypatch, capsys):
     assert (end.value.code, capsys.readouterr().err) == (130, "error: interrupted\n")
 
 
+@pytest.mark.parametrize("code", [errno.EACCES, errno.ENOTDIR, errno.EEXIST, errno.EISDIR])
+def test_a_path_that_stays_wrong_is_no_reason_to_restart(code):
+    assert cli._end_of(OSError(code, "reason", "x.json"))[0] == 2
+
+
 def test_an_unknown_field_in_a_file(tmp_path):
     path = written(tmp_path, "config.train.epoch = 3.0")
     with pytest.raises(AttributeError, match=r'Did you mean "epochs" instead of "epoch"'):
@@ -117,6 +123,13 @@ def test_a_batch_that_does_not_divide_shows_the_arithmetic():
         sharding.check_batch(3, 8)
     sharding.check_batch(16, 8)
     sharding.check_batch(1, 1)
+
+
+def test_training_needs_a_workdir_that_can_be_written(tmp_path):
+    train = pytest.importorskip("duc_dlc_jax.train")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(config_lib.ConfigError, match=r"--workdir=.*/file/run cannot be written"):
+        train.train(config_lib.load("configs/demo.py"), tmp_path / "file" / "run")
 
 
 def test_training_checks_the_batch_before_anything_else(monkeypatch, tmp_path):

@@ -235,8 +235,8 @@ def test_images_of_several_sizes_evaluate_together(trained):
 
 def test_evaluate_command(trained, tmp_path):
     command = [sys.executable, "-m", "duc_dlc_jax.evaluate", f"--workdir={trained[0]}"]
-    result = run([*command, f"--json={tmp_path / 'scores.json'}"])
-    figures = json.loads((tmp_path / "scores.json").read_text())
+    result = run([*command, f"--json={tmp_path / 'new' / 'scores.json'}"])
+    figures = json.loads((tmp_path / "new" / "scores.json").read_text())
     assert figures["mIoU"] == pytest.approx(trained[1]["mIoU"], abs=1e-5)
     assert figures["protocol"] in result.stdout
     assert np.sum(figures["confusion_matrix"]) == trained[1]["matrix"].sum()

@@ -113,6 +113,7 @@ def main(_) -> None:
     given = args.config is not None
     whole = grid.load(config_flags.get_config_filename(args["config"])) if given else None
     if args.report:
+        storage.check(args.output, write=True, flag="--output", file=True)
         write_report(results, args.output, whole)
         return
     if whole is None:
@@ -127,6 +128,7 @@ def main(_) -> None:
     if args.list:
         print(listed(runs, results))
         return
+    storage.check(workdir, write=True, flag="--workdir")
     results.write_grid(whole)
     cli.use_compilation_cache(workdir)
     limit = args.stop_after_s or args.max_hours * 3600 or float("inf")

@@ -30,7 +30,7 @@ import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
-from duc_dlc_jax import cli, protocols
+from duc_dlc_jax import cli, protocols, storage
 from duc_dlc_jax import config as config_lib
 from duc_dlc_jax.benchmark import formats, growth, inputs, layers, model, networks
 from duc_dlc_jax.benchmark.peer import Peer, layer_seconds
@@ -43,7 +43,7 @@ KINDS = ("train", "infer", "input", "fed", "layers", "networks", "growth")
 def write(path: str, result: dict[str, Any]) -> None:
     """What is known so far, to --json: a run that is cut off has not been for nothing."""
     if path:
-        Path(path).write_text(json.dumps(result, indent=1) + "\n")
+        storage.write_text(Path(path), json.dumps(result, indent=1) + "\n")
 
 
 def show_rates(what: str, r: dict[str, Any]) -> None:
@@ -194,6 +194,8 @@ def main(_) -> None:
     cli.use_deterministic_kernels(args.config)
     segmenter.enable_dtype(args.config.model)
     result: dict[str, Any] = {}
+    if args.json:
+        storage.check(args.json, write=True, flag="--json", file=True)
     if args.evaluate:
         result = measure_evaluation(args)
     else:

@@ -127,15 +127,17 @@ def prepare_folders(
 def placed(name: str, data_dir: str, make: Callable[[str], pathlib.Path]) -> None:
     """Has `make` prepare into data_dir; for an object store into the user's cache, and uploads it.
 
-    Raises as `make`; ConfigError for a store that cannot be used.
+    Raises as `make`; ConfigError for a store or a folder that cannot be used.
     """
+    target = builders.prepared_dir(data_dir, name)
     if not storage.is_remote(data_dir):
+        if not is_prepared(target):
+            storage.check(data_dir, write=True, flag="--data_dir")
         folder = make(data_dir)
         if not (folder / staging.MANIFEST).exists():  # of an older version
             staging.write_manifest(folder)
         return
-    target = builders.prepared_dir(data_dir, name)
-    storage.check(target, write=True)
+    storage.check(target, write=True, flag="--data_dir")
     if (target / staging.MANIFEST).exists():
         print(f"{name} is already prepared in {target}; delete that folder to prepare it again")
         return
@@ -240,18 +242,18 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unexpected arguments {argv[1:]}; see --help")
     logging.set_verbosity(logging.WARNING)  # TFDS logs each of its steps
     args = flags.FLAGS
-    if args.images or args.labels:
-        if not (args.images and args.labels) or args.raw_dir:
-            raise app.UsageError("--images and --labels belong together, without --raw_dir")
+    own = args.images or args.labels
+    if own and not (args.images and args.labels and not args.raw_dir):
+        raise app.UsageError("--images and --labels belong together, without --raw_dir")
+
+    def make(data_dir: str) -> pathlib.Path:
+        if not args.images:
+            return prepare(args.dataset, args.raw_dir, data_dir, args.strict, args.encoding)
         found = folders.inspect(args.images, args.labels, args.classes, name=args.dataset)
         print("\n".join([*found.lines(), ""]))
-        placed(args.dataset, args.data_dir, lambda d: prepare_folders(found, d, args.encoding))
-        return
-    placed(
-        args.dataset,
-        args.data_dir,
-        lambda d: prepare(args.dataset, args.raw_dir, d, args.strict, args.encoding),
-    )
+        return prepare_folders(found, data_dir, args.encoding)
+
+    placed(args.dataset, args.data_dir, make)
 
 
 if __name__ == "__main__":
