@@ -29,6 +29,8 @@ from duc_dlc_jax.errors import (
     Stopped,
 )
 
+flags.disclaim_key_flags()  # --help shows those that are defined here as the command's
+
 # Where a restart helps: STOPPED, 1 (another error) and signals. See docs/clusters.md.
 STOPPED = 75
 DISK_FULL = 4
@@ -140,7 +142,9 @@ def _parse(argv: list[str]) -> list[str]:
                     argv[i + 1] = config_lib.find(argv[i + 1])
             else:
                 _check_field(word)
-        return flags.FLAGS(argv)
+        with contextlib.suppress(SystemExit):  # --help has been printed: absl ends with 1
+            return flags.FLAGS(argv)
+        sys.exit(0)
     except flags.Error as error:
         fail(_own(error))
     except (AttributeError, KeyError, TypeError, ValueError) as error:

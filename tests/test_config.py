@@ -6,10 +6,12 @@ import ast
 import errno
 import pathlib
 import re
+import runpy
 import subprocess
 import sys
 
 import pytest
+from absl import flags
 
 from duc_dlc_jax import cli, sharding
 from duc_dlc_jax import config as config_lib
@@ -55,6 +57,46 @@ def test_an_unknown_field_on_the_command_line_ends_in_one_line(form, capsys):
     assert end.value.code == 2
     expected = "error: unknown configuration field train.epoch; the nearest one is train.epochs\n"
     assert capsys.readouterr().err == expected
+
+
+COMMANDS = re.findall(  # modules, and the flags beside them
+    r"^\| `python -m (duc_dlc_jax\.[\w.]+)` \|[^|]+\|(.+)\|$",
+    (ROOT / "README.md").read_text(),
+    re.MULTILINE,
+)
+
+
+SHARED = {  # flags that several commands define by one function, and other documents name
+    "duc_dlc_jax.main": {"coordinator", "processes", "process"},
+    "duc_dlc_jax.evaluate": {"set"},
+    "duc_dlc_jax.predict": {"set"},
+    "duc_dlc_jax.submit": {"set"},
+    "duc_dlc_jax.benchmark": {"protocol", "set"},
+}
+
+
+@pytest.mark.parametrize(("module", "cell"), COMMANDS, ids=[name for name, _ in COMMANDS])
+def test_help_has_the_flags_that_the_readme_names(module, cell, monkeypatch):
+    shown, before = [], set(flags.FLAGS)
+    monkeypatch.setattr(cli, "run", lambda main: shown.append(flags.FLAGS.main_module_help()))
+    monkeypatch.setattr(sys, "argv", [module])
+    path = ROOT / module.replace(".", "/")
+    path = path / "__main__.py" if path.is_dir() else path.with_suffix(".py")
+    try:
+        runpy.run_path(str(path), run_name="__main__")
+    finally:
+        for name in set(flags.FLAGS) - before:
+            delattr(flags.FLAGS, name)
+    named = set(re.findall(r"--(\w+)", cell)) | SHARED.get(module, set())
+    assert named <= set(re.findall(r"^ +--(?:\[no\])?(\w+):", shown[0], re.MULTILINE))
+
+
+def test_help_is_no_error(capsys):
+    cli.app.define_help_flags()
+    with pytest.raises(SystemExit) as end:
+        cli._parse(["main", "--help"])
+    assert end.value.code == 0
+    assert "--help" in capsys.readouterr().out
 
 
 def test_ctrl_c_is_one_line(monkeypatch, capsys):

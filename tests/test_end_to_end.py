@@ -22,6 +22,7 @@ from duc_dlc_jax.data.records import open_records
 from duc_dlc_jax.errors import Stopped
 from duc_dlc_jax.stopping import StopSignal
 from duc_dlc_jax.train import train
+from repository import ROOT
 from runs import command, run, saved_state, tiny_config
 
 EMA = 0.9
@@ -349,6 +350,14 @@ def test_checkpoints_can_be_named(trained):
         workdirs.load(trained[0], "3")
     with pytest.raises(ValueError, match="best, latest, a step"):
         workdirs.load(trained[0], "newest")
+
+
+def test_the_readme_loads_a_trained_network(trained):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    (code,) = (block for block in blocks if "workdirs" in block)
+    names = {"image": np.zeros((1, 64, 64, 3), np.uint8)}
+    exec(code.replace("runs/camvid", str(trained[0])), names)
+    assert names["logits"].shape == (1, 64, 64, names["run"].spec.num_classes)
 
 
 def test_trains_without_tensorflow(scenes_dir, tmp_path):
