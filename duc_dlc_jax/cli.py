@@ -137,25 +137,24 @@ def _parse(argv: list[str]) -> list[str]:
             name, equals, value = word.lstrip("-").partition("=")
             if name == "config" and word.startswith("-"):
                 if equals:
-                    argv[i] = f"--config={config_lib.find(value)}"
+                    argv[i] = f"--config={_found(value)}"
                 elif i + 1 < len(argv):
-                    argv[i + 1] = config_lib.find(argv[i + 1])
+                    argv[i + 1] = _found(argv[i + 1])
             else:
                 _check_field(word)
         with contextlib.suppress(SystemExit):  # --help has been printed: absl ends with 1
             return flags.FLAGS(argv)
         sys.exit(0)
     except flags.Error as error:
-        fail(_own(error))
+        fail(error)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         fail(config_lib.ConfigError(str(error).strip('"')))
 
 
-def _own(error: Exception) -> Exception:
-    """The ConfigError of a configuration file, which ml_collections hides below its traceback."""
-    name = f"{config_lib.ConfigError.__module__}.{config_lib.ConfigError.__name__}: "
-    _, found, message = str(error).rpartition(name)
-    return config_lib.ConfigError(message.strip()) if found else error
+def _found(path: str) -> str:
+    """As `config_lib.find`; a broken file is a ConfigError too, of which the flag says less."""
+    config_lib.returned(path)
+    return config_lib.find(path)
 
 
 def _check_field(word: str) -> None:

@@ -114,10 +114,38 @@ def test_a_path_that_stays_wrong_is_no_reason_to_restart(code):
     assert cli._end_of(OSError(code, "reason", "x.json"))[0] == 2
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("x = 1\ndef get_config(:\n", "{file}, line 2: SyntaxError: invalid syntax"),
+        (
+            "import torchvison\n",
+            "{file}, line 1: ModuleNotFoundError: No module named 'torchvison'",
+        ),
+        (
+            "\n\ndef get_config():\n    return 1 / 0\n",
+            "{file}, line 4: ZeroDivisionError: division",
+        ),
+        ("x = 1\n", "{file} has no function get_config()"),
+    ],
+)
+def test_a_broken_file_ends_in_one_line(tmp_path, capsys, text, message):
+    path = tmp_path / "mine.py"
+    path.write_text(text)
+    with pytest.raises(SystemExit) as end:
+        cli._parse(["main", f"--config={path}"])
+    assert end.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {message.format(file=path)}")
+    assert said.count("\n") == 1
+
+
 def test_an_unknown_field_in_a_file(tmp_path):
     path = written(tmp_path, "config.train.epoch = 3.0")
-    with pytest.raises(AttributeError, match=r'Did you mean "epochs" instead of "epoch"'):
+    with pytest.raises(config_lib.ConfigError, match=r'Did you mean "epochs"') as error:
         config_lib.load(str(path))
+    assert str(error.value).startswith(f"{path}, line 6: AttributeError: ")
+    assert len(str(error.value)) < 300
     path = written(tmp_path, "config.unlock()", "config.train.epoch = 3.0")
     with pytest.raises(config_lib.ConfigError, match=r"train\.epoch; .* is train\.epochs"):
         config_lib.load(str(path))
