@@ -1,5 +1,6 @@
 """Folders of one's own: pairs, splits, the label contract, and every bad input to its message."""
 
+import dataclasses
 import json
 import pathlib
 
@@ -390,6 +391,13 @@ def test_records_of_real_scenes_are_what_was_drawn(two, tmp_path):
     declared = {f"scene_{i}": [int(v) for v in colours[i]] for i in range(8)} | {"void": "#000000"}
     found = two.inspect(declared, name="drawn")
     folder = prepare_folders(found, tmp_path / "data")
+    assert prepare_folders(found, tmp_path / "data") == folder
+    other = dataclasses.replace(found.spec, classes=found.spec.classes[::-1])
+    with pytest.raises(DataError, match=r"prepared with other classes; delete that folder"):
+        prepare_folders(dataclasses.replace(found, spec=other), tmp_path / "data")
+    fewer = {"val": found.scans["val"]}
+    with pytest.raises(DataError, match=r"--images: 1 val images, but .* prepared from 2 train"):
+        prepare_folders(dataclasses.replace(found, scans=fewer), tmp_path / "data")
     for split, scans in found.scans.items():
         records = Records(folder, split)
         assert records.spec == found.spec
