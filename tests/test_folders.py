@@ -284,9 +284,27 @@ def test_files_without_partner(two):
         two.inspect()
     for words in ("i1.jpg: an image without a mask", "i2.png: a mask without", "--skip_bad"):
         assert words in str(error.value)
+    assert len(str(error.value).splitlines()) == 3
     found = two.inspect(skip_bad=True)
     assert sum(found.counts.values()) == 2
     assert len(found.skipped) == 2
+
+
+def test_files_of_other_types_are_named_and_counted(two):
+    two.fill(ids(0, 1), 6)
+    (two.images / "i1.jpg").rename(two.images / "i1.webp")
+    (two.labels / "i2.png").rename(two.labels / "i2_mask.tif")
+    (two.images / "notes.txt").write_text("")
+    (two.labels / "classes.json").write_text('["a", "b"]')
+    with pytest.raises(DataError) as error:
+        two.inspect()
+    for words in (
+        f"{two.labels / 'i1.png'}: its image is {two.images / 'i1.webp'}; only PNG or JPEG is read",
+        f"{two.images / 'i2.jpg'}: its mask is {two.labels / 'i2_mask.tif'}; only PNG is read",
+    ):
+        assert words in str(error.value)
+    lines = two.inspect(skip_bad=True).lines()
+    assert "Not read  1 .tif, 1 .txt, 1 .webp: images are PNG or JPEG, masks PNG" in lines
 
 
 def test_folders_that_hold_nothing_fitting(two):
