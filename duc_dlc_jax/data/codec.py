@@ -23,14 +23,17 @@ ORIENTATION = 274  # the EXIF tag
 
 
 def decode_image(data: bytes, name: str) -> np.ndarray:
-    """Decodes PNG or JPEG bytes to RGB uint8 [H, W, 3], EXIF orientation applied.
+    """Decodes the bytes of an image file to RGB uint8 [H, W, 3], EXIF orientation applied.
 
     Raises:
       DataError: the bytes are no image; names it.
     """
     image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB) if data else None
     if image is None:
-        raise DataError(f"{name}: {len(data)} bytes that are not a readable PNG or JPEG image")
+        raise DataError(
+            f"{name}: {len(data)} bytes that are not a readable image "
+            "(PNG, JPEG, WebP, BMP or TIFF)"
+        )
     return image
 
 

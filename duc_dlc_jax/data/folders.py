@@ -174,8 +174,8 @@ def inspect(
     left_out = [*alone, *broken]
     if left_out and not (skip_bad and scans):
         raise DataError(
-            f"{len(left_out)} of the files in {images_dir} and {labels_dir} cannot be used. Mend or "
-            "remove them, or leave them out with --skip_bad; with --plan_only fit shows what then "
+            f"{len(left_out)} of the files in {images_dir} and {labels_dir} cannot be used. "
+            "Mend or remove them, or leave them out with --skip_bad; with --plan_only fit shows what then "
             "remains:\n" + "\n".join(_listed(left_out))
         )
     if classes_file is None:
