@@ -229,6 +229,30 @@ def test_masks_that_do_not_fit_the_classes(two, declared, mask, message):
         two.fill(mask).inspect(declared)
 
 
+def test_a_list_that_is_one_name_short(two):
+    two.fill(ids(0, 1, 2))
+    with pytest.raises(
+        DataError, match=r"c\.json lacks their names.*\"id\": 2, \"ignore\""
+    ) as error:
+        two.inspect(["a", "b"])
+    assert "anti-aliased" not in str(error.value)
+
+
+def test_a_list_of_classes_that_is_no_json(two):
+    two.fill(ids(0, 1)).classes.write_text("sky\nroad\n")
+    with pytest.raises(DataError, match=r'c\.json: not readable as JSON.* \["sky", "road"\]'):
+        two.inspect(classes_file=two.classes)
+
+
+def test_transparent_masks(two):
+    two.fill(rgb(RED, GREEN))
+    clear = np.dstack([rgb(RED, GREEN), np.full((H, W), 255, np.uint8)])
+    clear[0, :3, 3] = 0
+    write(two.labels / "i0.png", clear)
+    with pytest.raises(DataError, match=r"i0\.png: 3 pixels are transparent.*save the mask as RGB"):
+        two.inspect()
+
+
 def test_kinds_of_png_that_are_not_read(two):
     two.fill(ids(0, 1))
     grey_alpha = np.zeros((H, W, 2), np.uint8)
@@ -368,9 +392,15 @@ def test_the_split_follows_from_names_and_seed(two):
 
 @pytest.mark.parametrize("count", [2, 3])
 def test_both_splits_have_an_image(two, count):
-    for share in (0.0, 0.15, 1.0):
+    for share in (0.001, 0.15, 0.999):
         counts = two.fill(ids(0, 1), count).inspect(val_share=share).counts
         assert min(counts["train"], counts["val"]) >= 1
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0, -0.5])
+def test_a_share_that_leaves_one_split_empty_is_refused(two, share):
+    with pytest.raises(DataError, match=rf"--val_share={share:g}; allowed: above 0 and below 1"):
+        two.fill(ids(0, 1)).inspect(val_share=share)
 
 
 def test_folders_of_splits(two):

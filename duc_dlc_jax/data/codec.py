@@ -128,7 +128,13 @@ def _opened(data: bytes, what: str, kind: str) -> Iterator[Image.Image]:
 
 
 def _colours(mask: Image.Image, name: str) -> np.ndarray:
-    if mask.mode == "RGBA" and np.array(mask)[..., 3].min() == 255:
+    if mask.mode == "RGBA":
+        if clear := int((np.array(mask)[..., 3] < 255).sum()):
+            raise DataError(
+                f"{name}: {clear} pixels are transparent, wholly or in part, and name no class by "
+                "their colour: save the mask as RGB, without transparency",
+                MODE,
+            )
         mask = mask.convert("RGB")
     if mask.mode not in ("RGB", "P"):
         raise DataError(f"{name}: a mask of mode {mask.mode} where RGB colours are expected", MODE)

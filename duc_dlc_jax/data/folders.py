@@ -158,25 +158,27 @@ def inspect(
         else the classes are the values that occur in the masks.
       seed: of the split.
       name: of the data set: a-z, 0-9 and _, a letter first, and no known data set's.
-      val_share: share of the images that are held back where there is no folder val; 0..1.
+      val_share: share of the images that are held back where there is no folder val; between 0 and 1.
       binary: see `classes.infer_spec`.
       skip_bad: leave out files without a partner, that are unreadable or of two sizes.
 
     Raises:
       FileNotFoundError: no such folder or file.
-      DataError: no pairs; files that cannot be used; masks that fit neither together nor the file
-        of classes; names files, values and the way out.
+      DataError: no pairs; a share outside its range; files that cannot be used; masks that fit
+        neither together nor the file of classes; names files, values and the way out.
     """
     _check_name(name)
+    if not 0 < val_share < 1:
+        raise DataError(f"--val_share={val_share:g}; allowed: above 0 and below 1")
     images_dir, labels_dir = pathlib.Path(images_dir), pathlib.Path(labels_dir)
     found, alone, others = find_pairs(images_dir, labels_dir)
     scans, broken = _scan_all(found)
     left_out = [*alone, *broken]
     if left_out and not (skip_bad and scans):
         raise DataError(
-            f"{len(left_out)} of the files in {images_dir} and {labels_dir} cannot be used. "
-            "Mend or remove them, or leave them out with --skip_bad; with --plan_only fit shows what then "
-            "remains:\n" + "\n".join(_listed(left_out))
+            f"{len(left_out)} of the files in {images_dir} and {labels_dir} cannot be used. Mend "
+            "or remove them, or leave them out with --skip_bad; with --plan_only fit shows what "
+            "then remains:\n" + "\n".join(_listed(left_out))
         )
     if classes_file is None:
         beside = (labels_dir / CLASSES, labels_dir.parent / CLASSES)
