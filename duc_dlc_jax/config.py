@@ -198,6 +198,8 @@ def _names() -> tuple[str, ...]:
 def check_field_name(path: str) -> None:
     """Raises ConfigError with the nearest valid name unless `path` ("train.epochs") is a field."""
     names = _names()
+    if group := [name for name in names if name.startswith(f"{path}.")]:
+        raise ConfigError(f"{path} is a group of fields: {', '.join(group)}")
     if path not in names:
         near = difflib.get_close_matches(path, names, n=1, cutoff=0.0)[0]
         raise ConfigError(f"unknown configuration field {path}; the nearest one is {near}")

@@ -8,6 +8,7 @@ name of docs/conversion.md or the file of a state dict; its classes are those of
 from __future__ import annotations
 
 import math
+import shlex
 
 import jax
 import jax.numpy as jnp
@@ -84,7 +85,7 @@ def main(_) -> None:
         print(f"weights    {known.owner}, {known.licence}, trained on {known.data}")
     print(f"classes    {config.data.name}")
     print(
-        f"predict    python -m duc_dlc_jax.predict --model={workdir} --input=IMAGE_OR_FOLDER "
+        f"predict    python -m duc_dlc_jax.predict --model={shlex.quote(str(workdir))} --input=IMAGE_OR_FOLDER "
         "--output=predictions"
     )
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import shlex
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -265,7 +266,7 @@ def main(argv: list[str]) -> None:
         lines = classes(workdir, output, labels.named_or_read(args.labels), args.checkpoint)
     print("\n".join(lines))
     if args.output:
-        print(f"evaluate   python -m duc_dlc_jax.evaluate --workdir={output}")
+        print(f"evaluate   python -m duc_dlc_jax.evaluate --workdir={shlex.quote(str(output))}")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shlex
 import time
 from collections.abc import Generator, Iterator
 from typing import Any
@@ -74,6 +75,8 @@ def train(
     for split in (records, val_records):
         if not split.labelled:
             raise config_lib.ConfigError(f"split {split.split} of {split.folder} has no labels")
+    if not (workdir / "checkpoints").exists():
+        initial.check(config.init)
     spec, steps = records.spec, total_steps(config, len(records))
     _announce(config, workdir, mesh, spec, len(records), len(val_records), steps)
 
@@ -320,7 +323,7 @@ def _announce(
 ) -> None:
     if jax.process_index() != 0:
         return
-    logging.info("configuration:\n%s", config_lib.to_json(config))
+    logging.info("the configuration is in %s", workdir / "config.json")
     mapping = "\n".join(f"{raw} -> {train} {name}" for train, name, raw in spec.mapping())
     logging.info("labels of %s, raw ids -> train id:\n%s", spec.name, mapping)
     logging.info(
@@ -336,14 +339,15 @@ def _announce(
 
 
 def _next_commands(workdir: epath.Path, saved: checkpoints.Checkpoints) -> str:
+    run = shlex.quote(str(workdir))
     return "\n".join(
         [
             f"best checkpoint  {saved.directory}/{saved.best_step()}",
             f"pictures         {workdir}/pictures",
-            f"evaluate         python -m duc_dlc_jax.evaluate --workdir={workdir}",
+            f"evaluate         python -m duc_dlc_jax.evaluate --workdir={run}",
             "predict          python -m duc_dlc_jax.predict "
-            f"--model={workdir} --input=IMAGE_OR_FOLDER --output=predictions",
-            f"export           python -m duc_dlc_jax.export --workdir={workdir} --output=BUNDLE",
-            f"curves           tensorboard --logdir={workdir}",
+            f"--model={run} --input=IMAGE_OR_FOLDER --output=predictions",
+            f"export           python -m duc_dlc_jax.export --workdir={run} --output=BUNDLE",
+            f"curves           tensorboard --logdir={run}",
         ]
     )

@@ -50,6 +50,13 @@ def test_an_unknown_field_gives_the_nearest_name(wrong, nearest):
     config_lib.check_field_name(nearest)
 
 
+def test_a_group_of_fields_is_no_field():
+    with pytest.raises(
+        config_lib.ConfigError, match=r"loss is a group of fields: loss\.\w+, loss\.\w+"
+    ):
+        config_lib.check_field_name("loss")
+
+
 @pytest.mark.parametrize("form", ["--config.train.epoch=3", "-config.train.epoch=3"])
 def test_an_unknown_field_on_the_command_line_ends_in_one_line(form, capsys):
     with pytest.raises(SystemExit) as end:

@@ -5,9 +5,11 @@ import gzip
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import sys
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -15,6 +17,7 @@ import pytest
 from PIL import Image
 
 from duc_dlc_jax import evaluate, profiling, protocols, sharding, submit, workdirs
+from duc_dlc_jax import train as train_lib
 from duc_dlc_jax.config import ConfigError
 from duc_dlc_jax.data import builders, pipeline
 from duc_dlc_jax.data.labels import LabelSpec
@@ -185,6 +188,22 @@ def test_a_workdir_keeps_its_classes(trained, scenes_dir, tmp_path):
     assert (workdir / "labels.json").read_text() == before
     raw = {raw + 100: train_id for raw, train_id in spec.raw_to_train.items()}
     workdirs.check_classes(workdir, dataclasses.replace(spec, raw_to_train=raw))
+
+
+def test_missing_weights_leave_no_workdir(scenes_dir, tmp_path):
+    config = averaging(scenes_dir)
+    config.init.weights = str(tmp_path / "resnet50.npz")
+    with pytest.raises(FileNotFoundError, match=r"config\.init\.weights=.*: no such file"):
+        train(config, tmp_path / "run")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_next_commands_can_be_pasted(tmp_path):
+    workdir = tmp_path / "two words"
+    saved = SimpleNamespace(directory=workdir / "checkpoints", best_step=lambda: 6)
+    commands = train_lib._next_commands(workdir, saved).splitlines()[2:]
+    for name, command in (line.split(maxsplit=1) for line in commands):
+        assert str(workdir) in [word.partition("=")[2] for word in shlex.split(command)], name
 
 
 def test_a_loss_that_is_not_finite_stops_before_saving(scenes_dir, tmp_path, monkeypatch):

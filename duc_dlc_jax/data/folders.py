@@ -158,7 +158,8 @@ def inspect(
         else the classes are the values that occur in the masks.
       seed: of the split.
       name: of the data set: a-z, 0-9 and _, a letter first, and no known data set's.
-      val_share: share of the images that are held back where there is no folder val; between 0 and 1.
+      val_share: share of the images that are held back where there is no folder val; above 0 and
+        below 1.
       binary: see `classes.infer_spec`.
       skip_bad: leave out files without a partner, that are unreadable or of two sizes.
 
