@@ -85,8 +85,8 @@ def main(_) -> None:
         print(f"weights    {known.owner}, {known.licence}, trained on {known.data}")
     print(f"classes    {config.data.name}")
     print(
-        f"predict    python -m duc_dlc_jax.predict --model={shlex.quote(str(workdir))} --input=IMAGE_OR_FOLDER "
-        "--output=predictions"
+        f"predict    python -m duc_dlc_jax.predict --model={shlex.quote(str(workdir))} "
+        "--input=IMAGE_OR_FOLDER --output=predictions"
     )
 
 

@@ -202,8 +202,8 @@ def test_the_next_commands_can_be_pasted(tmp_path):
     workdir = tmp_path / "two words"
     saved = SimpleNamespace(directory=workdir / "checkpoints", best_step=lambda: 6)
     commands = train_lib._next_commands(workdir, saved).splitlines()[2:]
-    for name, command in (line.split(maxsplit=1) for line in commands):
-        assert str(workdir) in [word.partition("=")[2] for word in shlex.split(command)], name
+    for name, words in (line.split(maxsplit=1) for line in commands):
+        assert str(workdir) in [word.partition("=")[2] for word in shlex.split(words)], name
 
 
 def test_a_loss_that_is_not_finite_stops_before_saving(scenes_dir, tmp_path, monkeypatch):
