@@ -35,6 +35,7 @@ flags.disclaim_key_flags()  # --help shows those that are defined here as the co
 STOPPED = 75
 DISK_FULL = 4
 UNKNOWN = 1
+INTERRUPTED = 128 + signal.SIGINT  # as shells say it
 _FULL = [os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)]
 EXIT_CODES = {
     config_lib.ConfigError: 2,
@@ -49,7 +50,6 @@ EXIT_CODES = {
     MissingProcesses: 5,
     NotEqual: 6,
     Stopped: STOPPED,
-    KeyboardInterrupt: 128 + signal.SIGINT,  # as shells say it
 }
 
 
@@ -84,9 +84,11 @@ def run(main: Callable) -> None:
 
 def _end_of(error: BaseException) -> tuple[int, str]:
     """The exit code of an error, and its message."""
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED, "interrupted"
     for kind, code in EXIT_CODES.items():
         if isinstance(error, kind):
-            return code, str(error) or "interrupted"
+            return code, str(error)
     if any(text in str(error) for text in _FULL):  # Python's, TensorFlow's and TensorStore's
         return DISK_FULL, f"{error}; make room, and the same command goes on"
     return UNKNOWN, f"{type(error).__name__}: {error}"
