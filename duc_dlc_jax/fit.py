@@ -147,8 +147,8 @@ def _time(plan: plans.Plan, seconds: float | None) -> str:
 
 
 def _main_command(workdir: Path) -> str:
-    flags = [f"--config={workdir / PLAN_FILE}", f"--workdir={workdir}"]
-    return shlex.join(["python", "-m", "duc_dlc_jax.main", *flags])
+    plan, run = (shlex.quote(str(path)) for path in (workdir / PLAN_FILE, workdir))
+    return f"python -m duc_dlc_jax.main --config={plan} --workdir={run}"
 
 
 def _write(workdir: Path, request: Request, plan: plans.Plan, notes: list[str]) -> None:
@@ -170,7 +170,7 @@ def _check_record(workdir: Path, request: Request) -> None:
     if not path.is_file():
         raise config_lib.ConfigError(
             f"{workdir / PLAN_FILE} was not written by fit: {path} is missing; train with "
-            f"{_main_command(workdir)}"
+            + _main_command(workdir)
         )
     old, new = json.loads(path.read_text()), request.record()
     changed = [name for name in new["flags"] if new["flags"][name] != old["flags"].get(name)]
