@@ -6,6 +6,7 @@ import contextlib
 import errno
 import logging as py_logging
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -28,15 +29,22 @@ from duc_dlc_jax.errors import (
     Stopped,
 )
 
+flags.disclaim_key_flags()  # --help shows those that are defined here as the command's
+
 # Where a restart helps: STOPPED, 1 (another error) and signals. See docs/clusters.md.
 STOPPED = 75
 DISK_FULL = 4
 UNKNOWN = 1
+INTERRUPTED = 128 + signal.SIGINT  # as shells say it
 _FULL = [os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)]
 EXIT_CODES = {
     config_lib.ConfigError: 2,
     DataError: 2,
     FileNotFoundError: 2,
+    FileExistsError: 2,
+    IsADirectoryError: 2,
+    NotADirectoryError: 2,
+    PermissionError: 2,
     NotFinite: 3,
     CheckpointError: DISK_FULL,
     MissingProcesses: 5,
@@ -53,7 +61,7 @@ def run(main: Callable) -> None:
             return main(argv)
         except Stopped as error:
             fail(error, STOPPED)
-        except Exception as error:
+        except (Exception, KeyboardInterrupt) as error:
             code, message = _end_of(error)
             if distributed.several():
                 if code == UNKNOWN:
@@ -64,7 +72,8 @@ def run(main: Callable) -> None:
                 raise
             if code == DISK_FULL:
                 _leave(message, code)
-            fail(error, code)
+            _say(f"error: {message}")
+            sys.exit(code)
 
     logging.set_verbosity(logging.INFO)
     logging.use_python_logging(quiet=True)
@@ -73,8 +82,10 @@ def run(main: Callable) -> None:
     app.run(guarded, flags_parser=_parse)
 
 
-def _end_of(error: Exception) -> tuple[int, str]:
+def _end_of(error: BaseException) -> tuple[int, str]:
     """The exit code of an error, and its message."""
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED, "interrupted"
     for kind, code in EXIT_CODES.items():
         if isinstance(error, kind):
             return code, str(error)
@@ -128,23 +139,24 @@ def _parse(argv: list[str]) -> list[str]:
             name, equals, value = word.lstrip("-").partition("=")
             if name == "config" and word.startswith("-"):
                 if equals:
-                    argv[i] = f"--config={config_lib.find(value)}"
+                    argv[i] = f"--config={_found(value)}"
                 elif i + 1 < len(argv):
-                    argv[i + 1] = config_lib.find(argv[i + 1])
+                    argv[i + 1] = _found(argv[i + 1])
             else:
                 _check_field(word)
-        return flags.FLAGS(argv)
+        with contextlib.suppress(SystemExit):  # --help has been printed: absl ends with 1
+            return flags.FLAGS(argv)
+        sys.exit(0)
     except flags.Error as error:
-        fail(_own(error))
+        fail(error)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         fail(config_lib.ConfigError(str(error).strip('"')))
 
 
-def _own(error: Exception) -> Exception:
-    """The ConfigError of a configuration file, which ml_collections hides below its traceback."""
-    name = f"{config_lib.ConfigError.__module__}.{config_lib.ConfigError.__name__}: "
-    _, found, message = str(error).rpartition(name)
-    return config_lib.ConfigError(message.strip()) if found else error
+def _found(path: str) -> str:
+    """As `config_lib.find`; a broken file is a ConfigError too, of which the flag says less."""
+    config_lib.returned(path)
+    return config_lib.find(path)
 
 
 def _check_field(word: str) -> None:

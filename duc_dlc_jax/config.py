@@ -11,6 +11,7 @@ import functools
 import json
 import re
 import runpy
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -199,6 +200,8 @@ def _names() -> tuple[str, ...]:
 def check_field_name(path: str) -> None:
     """Raises ConfigError with the nearest valid name unless `path` ("train.epochs") is a field."""
     names = _names()
+    if group := [name for name in names if name.startswith(f"{path}.")]:
+        raise ConfigError(f"{path} is a group of fields: {', '.join(group)}")
     if path not in names:
         near = difflib.get_close_matches(path, names, n=1, cutoff=0.0)[0]
         raise ConfigError(f"unknown configuration field {path}; the nearest one is {near}")
@@ -300,14 +303,40 @@ def find(path: str) -> str:
 
 
 def load(path: str) -> ml_collections.ConfigDict:
-    """The configuration that the file's `get_config` returns, validated.
-
-    It gets what follows a colon: `configs/paper.py:ade20k_r101`.
-    """
-    file, argument = split_argument(find(path))
-    config = runpy.run_path(file)["get_config"](*argument)
+    """The configuration of a file, as `returned`, validated."""
+    config = returned(path)
     validate(config)
     return config
+
+
+def returned(path: str) -> ml_collections.ConfigDict:
+    """What the `get_config` of a file returns; it gets what follows a colon, as `find` says.
+
+    Raises ConfigError, with the file and the line, for an error in it.
+    """
+    file, argument = split_argument(find(path))
+    try:
+        return runpy.run_path(file)["get_config"](*argument)
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError(_in_file(error, file)) from error
+
+
+def _in_file(error: Exception, file: str) -> str:
+    """An error of a configuration file in one line."""
+    lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == file]
+    lines += [error.lineno] if isinstance(error, SyntaxError) and error.filename == file else []
+    if isinstance(error, KeyError) and not lines:
+        return f"{file} has no function get_config(); see configs/ for files that do"
+    said: Any = error
+    while isinstance(said, AttributeError | KeyError | SyntaxError) and said.args:
+        said = said.args[0]
+    # ConfigDict adds all of its fields and values, over several lines.
+    said, _, fields_and_hint = str(said).partition("Other fields present:")
+    hint = re.search(r"Did you mean [^?]*\?", fields_and_hint)
+    text = " ".join(f"{said} {hint[0] if hint else ''}".split())
+    return f"{file}, line {lines[-1] if lines else '?'}: {type(error).__name__}: {text}"
 
 
 def to_json(config: ml_collections.ConfigDict) -> str:

@@ -21,6 +21,8 @@ from absl import flags, logging
 from duc_dlc_jax.config import ConfigError
 from duc_dlc_jax.errors import MissingProcesses
 
+flags.disclaim_key_flags()  # --help shows those that are defined here as the command's
+
 ENDED = "duc_dlc_jax/ended"  # with JAX's coordination service: [process, exit code, message]
 LOOK_EVERY = 2.0  # seconds between two looks for it
 MEET_WITHIN = 24 * 3600  # seconds; a process that is lost meanwhile ends the others earlier

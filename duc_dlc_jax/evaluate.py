@@ -212,6 +212,11 @@ def main(_) -> None:
         raise ConfigError("either --workdir=DIR, or --model=BUNDLE or workdir")
     if args.pictures and is_bundle(path):
         raise ConfigError(f"--pictures writes into a workdir; {path} is a bundle")
+    if args.pictures:
+        storage.check(storage.path(path), write=True, flag="--workdir")
+    for name in ("json", "report"):
+        if target := getattr(args, name):
+            storage.check(storage.path(target), write=True, flag=f"--{name}", file=name == "json")
     run, records = open_run(args, path, args.format)
     evaluators = {}
     for name in args.protocol or ["config.eval"]:
@@ -292,7 +297,7 @@ def write_json(args, run: workdirs.Run, records: Records, results: dict[str, Any
     chosen = "bundle" if isinstance(run.model, BundleModel) else args.checkpoint
     written = {"step": run.step, "checkpoint": chosen, "split": records.split, **figures}
     written |= {"config": run.config.to_dict()}
-    storage.path(args.json).write_text(json.dumps(written, indent=1) + "\n")
+    storage.write_text(storage.path(args.json), json.dumps(written, indent=1) + "\n")
 
 
 if __name__ == "__main__":

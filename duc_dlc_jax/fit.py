@@ -146,12 +146,17 @@ def _time(plan: plans.Plan, seconds: float | None) -> str:
     return f"Time      {plans.expected(plan, seconds)}"
 
 
+def _main_command(workdir: Path) -> str:
+    plan, run = (shlex.quote(str(path)) for path in (workdir / PLAN_FILE, workdir))
+    return f"python -m duc_dlc_jax.main --config={plan} --workdir={run}"
+
+
 def _write(workdir: Path, request: Request, plan: plans.Plan, notes: list[str]) -> None:
     workdir.mkdir(parents=True, exist_ok=True)
     notes = [
         f"{plan.config.data.name}: two folders of one's own.",
         "",
-        f"Command   python -m duc_dlc_jax.main --config={workdir / PLAN_FILE} --workdir={workdir}",
+        f"Command   {_main_command(workdir)}",
         *notes,
     ]
     (workdir / RECORD_FILE).write_text(json.dumps(request.record(), indent=1) + "\n")
@@ -165,7 +170,7 @@ def _check_record(workdir: Path, request: Request) -> None:
     if not path.is_file():
         raise config_lib.ConfigError(
             f"{workdir / PLAN_FILE} was not written by fit: {path} is missing; train with "
-            f"python -m duc_dlc_jax.main --config={workdir / PLAN_FILE} --workdir={workdir}"
+            + _main_command(workdir)
         )
     old, new = json.loads(path.read_text()), request.record()
     changed = [name for name in new["flags"] if new["flags"][name] != old["flags"].get(name)]
@@ -235,6 +240,7 @@ def main(argv: list[str]) -> None:
         found = request.inspect(workdir)
         print(text(found, *make_plan(found, request)))
         return
+    storage.check(workdir, write=True, flag="--workdir")
     cli.use_compilation_cache(epath.Path(workdir))
     command = shlex.join(["python", "-m", "duc_dlc_jax.fit", *sys.argv[1:]])
     if fit(request, workdir, yes=args.yes, command=command) is None:

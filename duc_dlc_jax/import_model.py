@@ -8,6 +8,7 @@ name of docs/conversion.md or the file of a state dict; its classes are those of
 from __future__ import annotations
 
 import math
+import shlex
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +38,7 @@ def import_model(name: str, workdir: epath.Path, labels: str = "") -> ml_collect
         the labels'; the workdir holds a run.
       FileNotFoundError: no such file.
     """
-    workdirs.check_new(workdir)
+    workdirs.check_new(workdir, "--workdir")
     path, _ = weights.find(name, "torchvision")
     tensors = read_tensors(path)
     layout = deeplabv3.recognised(path, tensors)
@@ -84,8 +85,8 @@ def main(_) -> None:
         print(f"weights    {known.owner}, {known.licence}, trained on {known.data}")
     print(f"classes    {config.data.name}")
     print(
-        f"predict    python -m duc_dlc_jax.predict --model={workdir} --input=IMAGE_OR_FOLDER "
-        "--output=predictions"
+        f"predict    python -m duc_dlc_jax.predict --model={shlex.quote(str(workdir))} "
+        "--input=IMAGE_OR_FOLDER --output=predictions"
     )
 
 

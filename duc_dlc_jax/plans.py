@@ -31,7 +31,7 @@ from duc_dlc_jax import describe, sharding, workdirs
 from duc_dlc_jax.benchmark import model as speed
 from duc_dlc_jax.data.folders import Inspection
 from duc_dlc_jax.models import pretrained, segmenter
-from duc_dlc_jax.models.weights import TABLE
+from duc_dlc_jax.models import weights as weights_lib
 from duc_dlc_jax.progress import clock
 from duc_dlc_jax.train_step import init_variables
 
@@ -146,8 +146,8 @@ class _Draft:
 def _network(draft: _Draft, machine: Machine) -> None:
     weights, model = draft.config.init.weights, draft.config.model
     if weights:
-        if weights not in TABLE:
-            weights = str(Path(weights).expanduser().resolve())
+        if weights not in weights_lib.TABLE:
+            weights = str(weights_lib.find(weights)[0].resolve())
         layout, source = pretrained.inspect(weights, draft.config.init.source)
         draft.put("init.weights", weights, GIVEN)
         draft.config.init.weights = weights

@@ -66,6 +66,7 @@ class Writer:
         """Writes {name, path, image, prediction}; returns its line of shares."""
         for kind in self.pictures:
             path = self.folder / kind / f"{example['name']}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
             if kind == "ids":
                 pictures.write_ids(path, example["prediction"], self.spec)
             else:
@@ -142,8 +143,6 @@ class Labelling:
                 else:
                     yield {"name": source.name, "path": str(source.path), "image": image}
 
-        for kind in writer.pictures if found else ():
-            (writer.folder / kind).mkdir(parents=True, exist_ok=True)
         yield from in_threads(writer.image, self._labelled(examples()))
 
     def video(self, source: Input, writer: Writer) -> Iterator[dict[str, Any]]:
@@ -182,9 +181,6 @@ def predict(labelling: Labelling, found: list[Input], images: Writer, videos: Wr
     stills = [source for source in found if not source.is_video]
     films = [source for source in found if source.is_video]
     shares = None
-    if "shares" in images.outputs:
-        images.folder.mkdir(parents=True, exist_ok=True)
-        shares = open(images.folder / "shares.jsonl", "w", encoding="utf-8")  # noqa: SIM115
 
     def lines():
         yield from labelling.images(stills, images)
@@ -196,6 +192,9 @@ def predict(labelling: Labelling, found: list[Input], images: Writer, videos: Wr
         for line in progress.shown(lines(), total, "image"):
             done += 1
             seen |= {k for k, count in enumerate(line["pixels"].values()) if count}
+            if not shares and "shares" in images.outputs:
+                images.folder.mkdir(parents=True, exist_ok=True)
+                shares = open(images.folder / "shares.jsonl", "w", encoding="utf-8")  # noqa: SIM115
             if shares:
                 shares.write(json.dumps(line, ensure_ascii=False) + "\n")
     finally:
@@ -232,6 +231,7 @@ def main(_) -> None:
     if not is_bundle(args.model):  # which stays as it is
         cli.use_compilation_cache(storage.path(args.model))
     output = storage.local("--output", args.output)
+    storage.check(output, write=True, flag="--output")
     for text in args.input:
         storage.local("--input", text)
     found = inputs.find(args.input, output)
@@ -246,13 +246,14 @@ def main(_) -> None:
     images = wanted(outputs=tuple(args.outputs or OUTPUTS))
     videos = wanted(outputs=tuple(args.outputs or OF_VIDEOS))
     done = predict(labelling, found, images, videos)
+    count = len(labelling.problems)
+    unread = [f"{count} of {len(found)} files could not be read:", *labelling.problems]
+    if not done:
+        raise DataError("\n".join(unread))
     print(throughput(done, time.monotonic() - start, labelling.predictor))
     print(f"results in {output}; {protocol.sentence()}")
-    if labelling.problems:
-        count = len(labelling.problems)
-        sys.exit(
-            "\n".join([f"{count} of {len(found)} files could not be read:", *labelling.problems])
-        )
+    if count:
+        sys.exit("\n".join(unread))
 
 
 if __name__ == "__main__":

@@ -26,6 +26,8 @@ from duc_dlc_jax.config import ConfigError
 from duc_dlc_jax.models import registry
 from duc_dlc_jax.padding import Size
 
+flags.disclaim_key_flags()  # --help shows those that are defined here as the command's
+
 SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
 PRESETS = {  # fields of config.eval; what is not named takes its default
     "single": {},

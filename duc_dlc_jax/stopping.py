@@ -1,4 +1,4 @@
-"""Being told to stop: SIGTERM becomes a checkpoint at a step that all processes agree on."""
+"""Being told to stop: SIGTERM, or Ctrl-C, becomes a checkpoint at a step that all agree on."""
 
 from __future__ import annotations
 
@@ -21,31 +21,39 @@ T = TypeVar("T")
 class StopSignal:
     """Whether to stop, asked at the same points in every process.
 
-    SIGTERM only sets a flag, so that it is not lost during compilation either. With several
-    processes JAX's coordination service passes one process's SIGTERM on and picks the point at
+    SIGTERM and SIGINT (Ctrl-C) only set a flag, so that they are not lost during compilation
+    either; a second SIGINT is Python's KeyboardInterrupt. With several processes that is the first
+    one too, and JAX's coordination service passes one process's SIGTERM on and picks the point at
     which all of them stop; it takes part in the step that each has reached, so `reached` must be
     called equally often everywhere.
     """
 
     def __init__(self):
+        self.signal = "SIGTERM"  # the one that came
         self._asked, self._calls = False, 0
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Takes SIGTERM while the context lasts; outside the main thread nothing is taken."""
+        """Takes the signals while the context lasts; outside the main thread nothing is taken."""
         alone = jax.process_count() == 1  # else JAX's own handler, there since its start
         if not alone or threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = signal.signal(signal.SIGTERM, self._note)
+        taken = [signal.SIGTERM]
+        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as in a shell's background
+            taken.append(signal.SIGINT)
+        before = {number: signal.signal(number, self._note) for number in taken}
         try:
             yield
         finally:
-            signal.signal(signal.SIGTERM, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
-    def _note(self, *_) -> None:
-        self._asked = True
-        logging.warning("SIGTERM: saving a checkpoint after this step")
+    def _note(self, number: int, _) -> None:
+        self._asked, self.signal = True, signal.Signals(number).name
+        if number == signal.SIGINT:
+            signal.signal(number, signal.default_int_handler)
+        logging.warning("%s: saving a checkpoint after this step", self.signal)
 
     def reached(self) -> bool:
         """True where the run must stop now; the same in every process."""

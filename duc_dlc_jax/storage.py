@@ -8,12 +8,14 @@ marker is there (`checkpoints`), and nothing keeps two runs out of one workdir.
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import importlib.util
 import os
 import pathlib
 import socket
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -126,6 +128,12 @@ def write_whole(path: pathlib.Path, text: str) -> None:
         partial.write_text(text, encoding="utf-8")
 
 
+def write_text(path: Any, text: str) -> None:
+    """Writes a text in UTF-8, in a folder that is made where there is none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+
+
 def errors() -> tuple[type[Exception], ...]:
     """What reading and writing may raise."""
     names = [(sys.modules[m], name) for m, name in _ERRORS if m in sys.modules]
@@ -138,13 +146,17 @@ def is_trouble(error: BaseException) -> bool:
     return isinstance(error, others) or any(word in str(error) for word in _TROUBLE)
 
 
-def check(path: epath.Path, write: bool = False) -> None:
+def check(path: Any, write: bool = False, flag: str = "", file: bool = False) -> None:
     """Raises ConfigError unless the object store lists the folder and, for `write`, takes a file.
 
-    What is on a disk is not checked.
+    On a disk only writing is checked: the folder, or with `file` the file, exists and can be
+    written, or can be made. It leaves nothing there. flag: that named the path, for the message.
     """
     if not is_remote(path):
+        if write:
+            _check_disk(pathlib.Path(path), f"{flag}={path}" if flag else str(path), file)
         return
+    path = epath.Path(path).parent if file else epath.Path(path)
     bucket = "/".join(str(path).split("/")[:3])
     try:
         _list(path, bucket)
@@ -154,6 +166,26 @@ def check(path: epath.Path, write: bool = False) -> None:
             probe.unlink()
     except errors() as error:
         raise ConfigError(f"{path} cannot be used: {_reason(error, bucket)}") from error
+
+
+def _check_disk(path: pathlib.Path, what: str, file: bool) -> None:
+    if path.exists() and path.is_dir() == file:
+        raise ConfigError(f"{what} is a {'folder' if file else 'file'}; give another path")
+    if file and path.exists():
+        if not os.access(path, os.W_OK):
+            raise ConfigError(f"{what} cannot be written: its permissions forbid it")
+        return
+    folder = path.parent if file else path
+    while not os.path.lexists(folder):
+        folder = folder.parent
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):  # not for good
+            raise
+        reason = f"no file can be written in {folder} ({error.strerror})"
+        raise ConfigError(f"{what} cannot be written: {reason}; give another path") from error
 
 
 def _list(path: epath.Path, bucket: str) -> None:

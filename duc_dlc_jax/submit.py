@@ -100,6 +100,7 @@ def check_archive(path: Path, spec: LabelSpec, sizes: dict[str, tuple[int, int]]
 def main(_) -> None:
     args = flags.FLAGS
     output = Path(storage.local("--output", args.output))
+    storage.check(output, write=True, flag="--output", file=True)
     run, records = open_run(args, args.workdir)
     config = protocols.select(run.config, args.protocol, args.set)
     protocol = protocols.Protocol.from_config(config).planned(records.sizes())

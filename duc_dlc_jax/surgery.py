@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import shlex
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -129,7 +130,7 @@ def average(
 
     Raises ConfigError where there are fewer checkpoints; as `statistics.estimate`.
     """
-    workdirs.check_new(output)
+    workdirs.check_new(output, "--output")
     config, spec, model = workdirs.described(workdir)
     with checkpoints.Checkpoints(workdir) as saved:
         steps = saved.steps()[-last:]
@@ -174,7 +175,7 @@ def ema(workdir: epath.Path, output: epath.Path, checkpoint: str = "best") -> li
 
     Raises ConfigError where it kept no average.
     """
-    workdirs.check_new(output)
+    workdirs.check_new(output, "--output")
     config, spec, model = workdirs.described(workdir)
     if not config.optimizer.ema_decay:
         raise ConfigError(f"{workdir} kept no average: optimizer.ema_decay is 0")
@@ -191,7 +192,7 @@ def classes(
     """Writes the network with the classes of `spec`, at step 0; classes of the same name keep their
     weights, the other ones are drawn from config.seed.
     """
-    workdirs.check_new(output)
+    workdirs.check_new(output, "--output")
     run = workdirs.load(workdir, checkpoint)
     config = run.config
     config.data.name = spec.name
@@ -265,7 +266,7 @@ def main(argv: list[str]) -> None:
         lines = classes(workdir, output, labels.named_or_read(args.labels), args.checkpoint)
     print("\n".join(lines))
     if args.output:
-        print(f"evaluate   python -m duc_dlc_jax.evaluate --workdir={output}")
+        print(f"evaluate   python -m duc_dlc_jax.evaluate --workdir={shlex.quote(str(output))}")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shlex
 import time
 from collections.abc import Generator, Iterator
 from typing import Any
@@ -62,11 +63,11 @@ def train(
     record_names: each step's records go by name to records.jsonl, those that this process reads.
 
     Raises ConfigError or FileNotFoundError before any compilation where the configuration, the
-    devices, the workdir and the prepared data do not fit together.
+    devices, the workdir, its classes and the prepared data do not fit together.
     """
     config_lib.validate(config)
     workdir = storage.path(workdir)
-    storage.check(workdir, write=jax.process_index() == 0)
+    storage.check(workdir, write=jax.process_index() == 0, flag="--workdir")
     mesh = sharding.training_mesh(config)
     records = open_records(config.data, config.data.train_split)
     val_records = open_records(config.data, config.data.eval_split)
@@ -74,6 +75,8 @@ def train(
     for split in (records, val_records):
         if not split.labelled:
             raise config_lib.ConfigError(f"split {split.split} of {split.folder} has no labels")
+    if not (workdir / "checkpoints").exists():
+        initial.check(config.init)
     spec, steps = records.spec, total_steps(config, len(records))
     _announce(config, workdir, mesh, spec, len(records), len(val_records), steps)
 
@@ -126,12 +129,12 @@ class _Loop:
     def run(self, state: TrainState, batches: Iterator) -> dict[str, Any]:
         """From the state's step on; returns the scores of the last evaluation.
 
-        Raises Stopped after SIGTERM, with the state saved.
+        Raises Stopped after SIGTERM or SIGINT, with the state saved.
         """
         first = int(state.step)
         self._goodput.started()
         if first and self._evaluating(first) and not self._saved.has_scores(first):
-            self._keep(state, first, evaluating=True)  # SIGTERM had come during it
+            self._keep(state, first, evaluating=True)  # a signal had come during it
         for step in range(first + 1, self._steps + 1):
             self._trace.before(step - first - 1)
             with self._figures.waiting(), self._goodput.spent("data"):
@@ -177,7 +180,7 @@ class _Loop:
     def _keep(self, state, step: int, evaluating: bool, stopping: bool = False) -> None:
         """Saves the state, with its scores where it is time for them.
 
-        Raises Stopped after SIGTERM, which also ends an evaluation.
+        Raises Stopped after such a signal, which also ends an evaluation.
         """
         headline = None
         if evaluating and not stopping:
@@ -197,7 +200,9 @@ class _Loop:
                 self._saved.wait()
         self._goodput.line(step)
         if stopping:
-            raise Stopped(f"stopped by SIGTERM; step {step} is saved, the same command goes on")
+            raise Stopped(
+                f"stopped by {self._stop.signal}; step {step} is saved, the same command goes on"
+            )
 
 
 def device_batches(
@@ -271,6 +276,7 @@ def _first_state(config, workdir, model, optimizer, saved, mesh, records) -> tup
 
     everywhere = sharding.replicated(mesh)
     if saved.latest_step() is not None:
+        workdirs.check_classes(workdir, records.spec)
         for name, (old, new) in workdirs.changed_fields(workdir, config).items():
             logging.warning("resuming with %s=%r; the workdir was trained with %r", name, new, old)
     if restored := saved.restore_latest(sharding.shapes(jax.eval_shape(fresh), everywhere)):
@@ -317,7 +323,7 @@ def _announce(
 ) -> None:
     if jax.process_index() != 0:
         return
-    logging.info("configuration:\n%s", config_lib.to_json(config))
+    logging.info("the configuration is in %s", workdir / "config.json")
     mapping = "\n".join(f"{raw} -> {train} {name}" for train, name, raw in spec.mapping())
     logging.info("labels of %s, raw ids -> train id:\n%s", spec.name, mapping)
     logging.info(
@@ -333,14 +339,15 @@ def _announce(
 
 
 def _next_commands(workdir: epath.Path, saved: checkpoints.Checkpoints) -> str:
+    run = shlex.quote(str(workdir))
     return "\n".join(
         [
             f"best checkpoint  {saved.directory}/{saved.best_step()}",
             f"pictures         {workdir}/pictures",
-            f"evaluate         python -m duc_dlc_jax.evaluate --workdir={workdir}",
+            f"evaluate         python -m duc_dlc_jax.evaluate --workdir={run}",
             "predict          python -m duc_dlc_jax.predict "
-            f"--model={workdir} --input=IMAGE_OR_FOLDER --output=predictions",
-            f"export           python -m duc_dlc_jax.export --workdir={workdir} --output=BUNDLE",
-            f"curves           tensorboard --logdir={workdir}",
+            f"--model={run} --input=IMAGE_OR_FOLDER --output=predictions",
+            f"export           python -m duc_dlc_jax.export --workdir={run} --output=BUNDLE",
+            f"curves           tensorboard --logdir={run}",
         ]
     )

@@ -46,9 +46,9 @@ def write(workdir: epath.Path, config: ml_collections.ConfigDict, spec: LabelSpe
     (workdir / "labels.json").write_text(spec.to_json() + "\n")
 
 
-def check_new(workdir: epath.Path) -> None:
-    """Raises ConfigError where a run is already, and where nothing can be written to a store."""
-    storage.check(workdir, write=True)
+def check_new(workdir: epath.Path, flag: str) -> None:
+    """Raises ConfigError where a run is already, and where nothing can be written."""
+    storage.check(workdir, write=True, flag=flag)
     for name in ("config.json", "checkpoints"):
         if (workdir / name).exists():
             raise config_lib.ConfigError(
@@ -71,6 +71,21 @@ def create(
         saved.save(state, position, config)
         saved.wait()
     write(workdir, config, spec)
+
+
+def check_classes(workdir: epath.Path, spec: LabelSpec) -> None:
+    """Raises ConfigError unless a run's classes are those of `spec`, in the same order.
+
+    The ids that mean them in masks may differ: data prepared anew may have others.
+    """
+    path = workdir / "labels.json"
+    trained = LabelSpec.from_json(path.read_text()).classes if path.exists() else spec.classes
+    if trained != spec.classes:
+        raise config_lib.ConfigError(
+            f"the network in {workdir} was trained to label {', '.join(trained)}; the classes of "
+            f"{spec.name} are {', '.join(spec.classes)}. Give another workdir; to start from that "
+            f"network, with classes matched by name: --config.init.checkpoint={workdir}"
+        )
 
 
 def changed_fields(workdir: epath.Path, config: ml_collections.ConfigDict) -> dict[str, tuple]:

@@ -106,6 +106,24 @@ def test_an_interrupted_build_does_not_look_finished(tmp_path, monkeypatch):
         opened("camvid", tmp_path / "data", "train")
 
 
+def test_what_is_prepared_is_not_taken_for_another_download(tmp_path, capsys):
+    pytest.importorskip("tensorflow", reason="preparing records needs TensorFlow")
+    raw, data = tmp_path / "raw", tmp_path / "data"
+    layouts.camvid(raw)
+    prepare("camvid", str(raw), data)
+    prepare("camvid", str(raw), data)
+    assert "warning" not in capsys.readouterr().out
+    raw.rename(tmp_path / "moved")
+    with pytest.raises(DataError, match=r"--raw_dir=.*/raw is no folder"):
+        prepare("camvid", str(raw), data)
+    prepare("camvid", str(tmp_path / "moved"), data)
+    assert f"warning: it was prepared from {raw}; nothing of" in capsys.readouterr().out
+    for folder in ("train", "trainannot"):
+        (tmp_path / "moved" / folder / "a.png").unlink()
+    with pytest.raises(DataError, match=r"1 train, 2 val images, but .* prepared from 2 train, 2"):
+        prepare("camvid", str(tmp_path / "moved"), data)
+
+
 def test_unofficial_counts_are_listed_and_refused_under_strict(tmp_path):
     layouts.camvid(tmp_path)
     lines = count_differences(sources.SOURCES["camvid"], {"train": 2, "val": 101})
@@ -226,7 +244,7 @@ def test_colour_masks_become_one_number_a_pixel(tmp_path):
         found = read_mask(write(tmp_path / f"{name}.png", array), colours=True)
         np.testing.assert_array_equal(found, np.broadcast_to(expected, (H, W)))
     opaque[0, 0, 3] = 9
-    with pytest.raises(DataError, match=r"mode RGBA where RGB colours"):
+    with pytest.raises(DataError, match=r"clear\.png: 1 pixels are transparent"):
         read_mask(write(tmp_path / "clear.png", opaque), colours=True)
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ast
+import errno
 import pathlib
 import re
+import runpy
 import subprocess
 import sys
 
 import pytest
+from absl import flags
 
 from duc_dlc_jax import cli, sharding
 from duc_dlc_jax import config as config_lib
@@ -47,6 +50,13 @@ def test_an_unknown_field_gives_the_nearest_name(wrong, nearest):
     config_lib.check_field_name(nearest)
 
 
+def test_a_group_of_fields_is_no_field():
+    with pytest.raises(
+        config_lib.ConfigError, match=r"loss is a group of fields: loss\.\w+, loss\.\w+"
+    ):
+        config_lib.check_field_name("loss")
+
+
 @pytest.mark.parametrize("form", ["--config.train.epoch=3", "-config.train.epoch=3"])
 def test_an_unknown_field_on_the_command_line_ends_in_one_line(form, capsys):
     with pytest.raises(SystemExit) as end:
@@ -56,10 +66,93 @@ def test_an_unknown_field_on_the_command_line_ends_in_one_line(form, capsys):
     assert capsys.readouterr().err == expected
 
 
+COMMANDS = re.findall(  # modules, and the flags beside them
+    r"^\| `python -m (duc_dlc_jax\.[\w.]+)` \|[^|]+\|(.+)\|$",
+    (ROOT / "README.md").read_text(),
+    re.MULTILINE,
+)
+
+
+SHARED = {  # flags that several commands define by one function, and other documents name
+    "duc_dlc_jax.main": {"coordinator", "processes", "process"},
+    "duc_dlc_jax.evaluate": {"set"},
+    "duc_dlc_jax.predict": {"set"},
+    "duc_dlc_jax.submit": {"set"},
+    "duc_dlc_jax.benchmark": {"protocol", "set"},
+}
+
+
+@pytest.mark.parametrize(("module", "cell"), COMMANDS, ids=[name for name, _ in COMMANDS])
+def test_help_has_the_flags_that_the_readme_names(module, cell, monkeypatch):
+    shown, before = [], set(flags.FLAGS)
+    monkeypatch.setattr(cli, "run", lambda main: shown.append(flags.FLAGS.main_module_help()))
+    monkeypatch.setattr(sys, "argv", [module])
+    path = ROOT / module.replace(".", "/")
+    path = path / "__main__.py" if path.is_dir() else path.with_suffix(".py")
+    try:
+        runpy.run_path(str(path), run_name="__main__")
+    finally:
+        for name in set(flags.FLAGS) - before:
+            delattr(flags.FLAGS, name)
+    named = set(re.findall(r"--(\w+)", cell)) | SHARED.get(module, set())
+    assert named <= set(re.findall(r"^ +--(?:\[no\])?(\w+):", shown[0], re.MULTILINE))
+
+
+def test_help_is_no_error(capsys):
+    cli.app.define_help_flags()
+    with pytest.raises(SystemExit) as end:
+        cli._parse(["main", "--help"])
+    assert end.value.code == 0
+    assert "--help" in capsys.readouterr().out
+
+
+def test_ctrl_c_is_one_line(monkeypatch, capsys):
+    def command(argv):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli.app, "run", lambda main, flags_parser: main([]))
+    with pytest.raises(SystemExit) as end:
+        cli.run(command)
+    assert (end.value.code, capsys.readouterr().err) == (130, "error: interrupted\n")
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.ENOTDIR, errno.EEXIST, errno.EISDIR])
+def test_a_path_that_stays_wrong_is_no_reason_to_restart(code):
+    assert cli._end_of(OSError(code, "reason", "x.json"))[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("x = 1\ndef get_config(:\n", "{file}, line 2: SyntaxError: invalid syntax"),
+        (
+            "import torchvison\n",
+            "{file}, line 1: ModuleNotFoundError: No module named 'torchvison'",
+        ),
+        (
+            "\n\ndef get_config():\n    return 1 / 0\n",
+            "{file}, line 4: ZeroDivisionError: division",
+        ),
+        ("x = 1\n", "{file} has no function get_config()"),
+    ],
+)
+def test_a_broken_file_ends_in_one_line(tmp_path, capsys, text, message):
+    path = tmp_path / "mine.py"
+    path.write_text(text)
+    with pytest.raises(SystemExit) as end:
+        cli._parse(["main", f"--config={path}"])
+    assert end.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {message.format(file=path)}")
+    assert said.count("\n") == 1
+
+
 def test_an_unknown_field_in_a_file(tmp_path):
     path = written(tmp_path, "config.train.epoch = 3.0")
-    with pytest.raises(AttributeError, match=r'Did you mean "epochs" instead of "epoch"'):
+    with pytest.raises(config_lib.ConfigError, match=r'Did you mean "epochs"') as error:
         config_lib.load(str(path))
+    assert str(error.value).startswith(f"{path}, line 6: AttributeError: ")
+    assert len(str(error.value)) < 300
     path = written(tmp_path, "config.unlock()", "config.train.epoch = 3.0")
     with pytest.raises(config_lib.ConfigError, match=r"train\.epoch; .* is train\.epochs"):
         config_lib.load(str(path))
@@ -111,6 +204,13 @@ def test_a_batch_that_does_not_divide_shows_the_arithmetic():
         sharding.check_batch(3, 8)
     sharding.check_batch(16, 8)
     sharding.check_batch(1, 1)
+
+
+def test_training_needs_a_workdir_that_can_be_written(tmp_path):
+    train = pytest.importorskip("duc_dlc_jax.train")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(config_lib.ConfigError, match=r"--workdir=.*/file/run cannot be written"):
+        train.train(config_lib.load("configs/demo.py"), tmp_path / "file" / "run")
 
 
 def test_training_checks_the_batch_before_anything_else(monkeypatch, tmp_path):

@@ -1,11 +1,16 @@
 """The whole way on a tiny network: records -> training -> checkpoints -> evaluation -> masks."""
 
 import dataclasses
+import functools
 import gzip
 import json
+import os
 import re
+import shlex
 import shutil
+import signal
 import sys
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -13,9 +18,15 @@ import pytest
 from PIL import Image
 
 from duc_dlc_jax import evaluate, profiling, protocols, sharding, submit, workdirs
-from duc_dlc_jax.data import pipeline
+from duc_dlc_jax import train as train_lib
+from duc_dlc_jax.config import ConfigError
+from duc_dlc_jax.data import builders, pipeline
+from duc_dlc_jax.data.labels import LabelSpec
 from duc_dlc_jax.data.records import open_records
+from duc_dlc_jax.errors import Stopped
+from duc_dlc_jax.stopping import StopSignal
 from duc_dlc_jax.train import train
+from repository import ROOT
 from runs import command, run, saved_state, tiny_config
 
 EMA = 0.9
@@ -116,6 +127,31 @@ def test_interrupted_run_equals_the_uninterrupted_bit_for_bit(
     np.testing.assert_array_equal(scores["matrix"], trained[1]["matrix"])
 
 
+def test_ctrl_c_saves_the_step(trained, scenes_dir, tmp_path, monkeypatch):
+    original = pipeline.train_iterator
+
+    def interrupted(*args, **kwargs):
+        for number, batch in enumerate(original(*args, **kwargs), 1):
+            if number == 1:
+                os.kill(os.getpid(), signal.SIGINT)
+            yield batch
+
+    monkeypatch.setattr(pipeline, "train_iterator", interrupted)
+    with pytest.raises(Stopped, match="stopped by SIGINT; step 1 is saved"):
+        train(averaging(scenes_dir), tmp_path)
+    assert saved_state(tmp_path, 1).keys() == saved_state(trained[0], 6).keys()
+
+
+def test_a_second_ctrl_c_ends_at_once():
+    stop = StopSignal()
+    with stop.listening():
+        assert not stop.reached()
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.reached()
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
 def test_planted_fault_iterator_restarted(trained, interrupted, scenes_dir, tmp_path, monkeypatch):
     """A resumed run that reads its data from the beginning again ends elsewhere."""
     workdir = shutil.copytree(interrupted, tmp_path / "run")
@@ -135,6 +171,40 @@ def test_finished_run_started_again_only_evaluates(trained, scenes_dir, capfd):
     assert_same_state(before, saved_state(workdir, 6))
     assert again["mIoU"] == scores["mIoU"]
     assert "step 6/6" not in capfd.readouterr().err
+
+
+def test_a_workdir_keeps_its_classes(trained, scenes_dir, tmp_path):
+    """As many classes in another order would give the trained network other names."""
+    workdir, _ = trained
+    before = (workdir / "labels.json").read_text()
+    data = shutil.copytree(scenes_dir, tmp_path / "data")
+    (path,) = data.rglob(builders.SPEC_FILE)
+    spec = LabelSpec.from_json(path.read_text())
+    other = dataclasses.replace(spec, classes=spec.classes[::-1])
+    path.write_text(other.to_json())
+    with pytest.raises(
+        ConfigError, match=rf"to label {', '.join(spec.classes)}; .*init\.checkpoint"
+    ):
+        train(averaging(data), workdir)
+    assert (workdir / "labels.json").read_text() == before
+    raw = {raw + 100: train_id for raw, train_id in spec.raw_to_train.items()}
+    workdirs.check_classes(workdir, dataclasses.replace(spec, raw_to_train=raw))
+
+
+def test_missing_weights_leave_no_workdir(scenes_dir, tmp_path):
+    config = averaging(scenes_dir)
+    config.init.weights = str(tmp_path / "resnet50.npz")
+    with pytest.raises(FileNotFoundError, match=r"config\.init\.weights=.*: no such file"):
+        train(config, tmp_path / "run")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_next_commands_can_be_pasted(tmp_path):
+    workdir = tmp_path / "two words"
+    saved = SimpleNamespace(directory=workdir / "checkpoints", best_step=lambda: 6)
+    commands = train_lib._next_commands(workdir, saved).splitlines()[2:]
+    for name, words in (line.split(maxsplit=1) for line in commands):
+        assert str(workdir) in [word.partition("=")[2] for word in shlex.split(words)], name
 
 
 def test_a_loss_that_is_not_finite_stops_before_saving(scenes_dir, tmp_path, monkeypatch):
@@ -186,8 +256,8 @@ def test_images_of_several_sizes_evaluate_together(trained):
 
 def test_evaluate_command(trained, tmp_path):
     command = [sys.executable, "-m", "duc_dlc_jax.evaluate", f"--workdir={trained[0]}"]
-    result = run([*command, f"--json={tmp_path / 'scores.json'}"])
-    figures = json.loads((tmp_path / "scores.json").read_text())
+    result = run([*command, f"--json={tmp_path / 'new' / 'scores.json'}"])
+    figures = json.loads((tmp_path / "new" / "scores.json").read_text())
     assert figures["mIoU"] == pytest.approx(trained[1]["mIoU"], abs=1e-5)
     assert figures["protocol"] in result.stdout
     assert np.sum(figures["confusion_matrix"]) == trained[1]["matrix"].sum()
@@ -301,6 +371,15 @@ def test_checkpoints_can_be_named(trained):
         workdirs.load(trained[0], "3")
     with pytest.raises(ValueError, match="best, latest, a step"):
         workdirs.load(trained[0], "newest")
+
+
+def test_the_readme_loads_a_trained_network(trained):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    (code,) = (block for block in blocks if "workdirs" in block)
+    shapes = SimpleNamespace(jit=lambda f: functools.partial(jax.eval_shape, f))
+    names = {"image": np.zeros((1, 64, 64, 3), np.uint8), "jax": shapes}
+    exec(code.replace("runs/camvid", str(trained[0])), names)
+    assert names["logits"].shape == (1, 64, 64, names["run"].spec.num_classes)
 
 
 def test_trains_without_tensorflow(scenes_dir, tmp_path):

@@ -81,6 +81,13 @@ def test_the_papers_network_on_an_accelerator():
     assert "--weights" in plan.why["model.depth"]
 
 
+def test_a_misspelt_name_of_weights_is_no_file():
+    with pytest.raises(config_lib.ConfigError, match=r"init\.weights=resnet51 .*mean resnet50\?"):
+        plans.make(inspection(), CPU, {"init.weights": "resnet51"})
+    with pytest.raises(FileNotFoundError, match="nothing/resnet51: no such file"):
+        plans.make(inspection(), CPU, {"init.weights": "nothing/resnet51"})
+
+
 def test_val_images_of_many_sizes_share_programs():
     found = inspection()
     assert plans.make(found, CPU, {}).config.eval.pad_sides == ()

@@ -1,5 +1,6 @@
 """Folders of one's own: pairs, splits, the label contract, and every bad input to its message."""
 
+import dataclasses
 import json
 import pathlib
 
@@ -228,6 +229,30 @@ def test_masks_that_do_not_fit_the_classes(two, declared, mask, message):
         two.fill(mask).inspect(declared)
 
 
+def test_a_list_that_is_one_name_short(two):
+    two.fill(ids(0, 1, 2))
+    with pytest.raises(
+        DataError, match=r"c\.json lacks their names.*\"id\": 2, \"ignore\""
+    ) as error:
+        two.inspect(["a", "b"])
+    assert "anti-aliased" not in str(error.value)
+
+
+def test_a_list_of_classes_that_is_no_json(two):
+    two.fill(ids(0, 1)).classes.write_text("sky\nroad\n")
+    with pytest.raises(DataError, match=r'c\.json: not readable as JSON.* \["sky", "road"\]'):
+        two.inspect(classes_file=two.classes)
+
+
+def test_transparent_masks(two):
+    two.fill(rgb(RED, GREEN))
+    clear = np.dstack([rgb(RED, GREEN), np.full((H, W), 255, np.uint8)])
+    clear[0, :3, 3] = 0
+    write(two.labels / "i0.png", clear)
+    with pytest.raises(DataError, match=r"i0\.png: 3 pixels are transparent.*save the mask as RGB"):
+        two.inspect()
+
+
 def test_kinds_of_png_that_are_not_read(two):
     two.fill(ids(0, 1))
     grey_alpha = np.zeros((H, W, 2), np.uint8)
@@ -283,9 +308,27 @@ def test_files_without_partner(two):
         two.inspect()
     for words in ("i1.jpg: an image without a mask", "i2.png: a mask without", "--skip_bad"):
         assert words in str(error.value)
+    assert len(str(error.value).splitlines()) == 3
     found = two.inspect(skip_bad=True)
     assert sum(found.counts.values()) == 2
     assert len(found.skipped) == 2
+
+
+def test_files_of_other_types_are_named_and_counted(two):
+    two.fill(ids(0, 1), 6)
+    (two.images / "i1.jpg").rename(two.images / "i1.webp")
+    (two.labels / "i2.png").rename(two.labels / "i2_mask.tif")
+    (two.images / "notes.txt").write_text("")
+    (two.labels / "classes.json").write_text('["a", "b"]')
+    with pytest.raises(DataError) as error:
+        two.inspect()
+    for words in (
+        f"{two.labels / 'i1.png'}: its image is {two.images / 'i1.webp'}; only PNG or JPEG is read",
+        f"{two.images / 'i2.jpg'}: its mask is {two.labels / 'i2_mask.tif'}; only PNG is read",
+    ):
+        assert words in str(error.value)
+    lines = two.inspect(skip_bad=True).lines()
+    assert "Not read  1 .tif, 1 .txt, 1 .webp: images are PNG or JPEG, masks PNG" in lines
 
 
 def test_folders_that_hold_nothing_fitting(two):
@@ -349,9 +392,15 @@ def test_the_split_follows_from_names_and_seed(two):
 
 @pytest.mark.parametrize("count", [2, 3])
 def test_both_splits_have_an_image(two, count):
-    for share in (0.0, 0.15, 1.0):
+    for share in (0.001, 0.15, 0.999):
         counts = two.fill(ids(0, 1), count).inspect(val_share=share).counts
         assert min(counts["train"], counts["val"]) >= 1
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0, -0.5])
+def test_a_share_that_leaves_one_split_empty_is_refused(two, share):
+    with pytest.raises(DataError, match=rf"--val_share={share:g}; allowed: above 0 and below 1"):
+        two.fill(ids(0, 1)).inspect(val_share=share)
 
 
 def test_folders_of_splits(two):
@@ -390,6 +439,13 @@ def test_records_of_real_scenes_are_what_was_drawn(two, tmp_path):
     declared = {f"scene_{i}": [int(v) for v in colours[i]] for i in range(8)} | {"void": "#000000"}
     found = two.inspect(declared, name="drawn")
     folder = prepare_folders(found, tmp_path / "data")
+    assert prepare_folders(found, tmp_path / "data") == folder
+    other = dataclasses.replace(found.spec, classes=found.spec.classes[::-1])
+    with pytest.raises(DataError, match=r"prepared with other classes; delete that folder"):
+        prepare_folders(dataclasses.replace(found, spec=other), tmp_path / "data")
+    fewer = {"val": found.scans["val"]}
+    with pytest.raises(DataError, match=r"--images: 1 val images, but .* prepared from 2 train"):
+        prepare_folders(dataclasses.replace(found, scans=fewer), tmp_path / "data")
     for split, scans in found.scans.items():
         records = Records(folder, split)
         assert records.spec == found.spec

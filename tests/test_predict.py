@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import cv2
 import jax
 import numpy as np
 import pytest
+from absl import flags
 from PIL import Image
 
+from duc_dlc_jax import config as config_lib
 from duc_dlc_jax import evaluate, padding, pictures, predict, protocols, sharding
 from duc_dlc_jax.data import inputs
-from duc_dlc_jax.data.labels import label_spec
+from duc_dlc_jax.data.labels import DataError, label_spec
 from duc_dlc_jax.labelling import Predictor
 from networks import images_of, jit, network
 
@@ -154,9 +157,40 @@ def test_files_folders_and_patterns_are_found_under_names_of_their_own(tmp_path)
     assert names("b/*.png", "a_x.png") == {"x": "b/x.png", "a_x": "a_x.png"}
     assert names("**/x.png") == {"a_x": "a/x.png", "b_x": "b/x.png"}
     assert names("b/notes.txt") == {"notes": "b/notes.txt"}  # named by the user: tried
-    for text in ("c", "b/*.gif", "out"):
-        with pytest.raises(FileNotFoundError, match=r"--input=\S+: no file"):
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "x.gif").write_bytes(b"")
+    for text, reason in (
+        ("c", "no file"),
+        ("b/*.gif", "no file"),
+        ("d", r"no file that ends with \.png"),
+        ("out", "nothing but files in --output=.*/out, which is passed over"),
+    ):
+        with pytest.raises(FileNotFoundError, match=rf"--input=\S+: {reason}"):
             names(text)
+
+
+def test_what_a_folder_has_besides_is_counted(tmp_path, caplog):
+    for name in ("a.png", "b.gif", "c.gif", "notes.txt"):
+        (tmp_path / name).write_bytes(b"")
+    assert len(inputs.find([str(tmp_path)], tmp_path / "out")) == 1
+    assert f"passed over 2 .gif, 1 .txt, first {tmp_path / 'b.gif'}" in caplog.text
+
+
+def test_nothing_readable_is_code_2_and_leaves_nothing(tmp_path, monkeypatch):
+    (tmp_path / "a.png").write_bytes(b"x")
+    run = SimpleNamespace(config=config_lib.default(), spec=SPEC, model=None, variables={})
+    labelling = labelling_of(protocols.Protocol())
+    monkeypatch.setattr(predict.workdirs, "load_any", lambda *_: run)
+    monkeypatch.setattr(predict, "make_predictor", lambda *_: labelling.predictor)
+    monkeypatch.setattr(predict, "is_bundle", lambda path: True)
+    args = {"model": "m", "checkpoint": "best", "format": "", "protocol": "", "set": []}
+    args |= {"input": [str(tmp_path / "a.png")], "output": str(tmp_path / "out")}
+    monkeypatch.setattr(flags, "FLAGS", SimpleNamespace(**args, outputs=[], opacity=0.5))
+    with pytest.raises(
+        DataError, match=r"1 of 1 files .*:\n.*a\.png: 1 bytes .* WebP, BMP or TIFF"
+    ):
+        predict.main([])
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

@@ -1,16 +1,20 @@
 """Paths in object stores, as far as no server is needed: see test_object_store.py for the rest."""
 
+import collections
 import importlib.util
 import json
 
 import pytest
+from absl import flags
 from etils import epath
 from orbax.checkpoint._src.serialization import tensorstore_utils
 
-from duc_dlc_jax import s3_arrays, storage
+from duc_dlc_jax import evaluate, fit, predict, s3_arrays, storage, submit
 from duc_dlc_jax.config import ConfigError
 from duc_dlc_jax.data import staging
 from duc_dlc_jax.data.labels import DataError
+from duc_dlc_jax.export import __main__ as export
+from duc_dlc_jax.paper import __main__ as paper
 
 
 @pytest.mark.parametrize(("scheme", "package"), [("s3", "s3fs"), ("gs", "gcsfs")])
@@ -29,6 +33,52 @@ def test_other_stores_and_flags_that_need_a_disk_are_refused():
     with pytest.raises(ConfigError, match=r"--output=s3://bucket/x must be on a disk"):
         storage.local("--output", "s3://bucket/x")
     assert storage.local("--output", "results") == epath.Path("results")
+
+
+def test_outputs_that_cannot_be_written_are_refused_before_any_work(tmp_path):
+    """The superuser's rights hide permissions; /proc takes no files from him either."""
+    file = tmp_path / "file"
+    file.write_text("")
+    for path, is_file, reason in (
+        (file, False, "is a file; give another path"),
+        (tmp_path, True, "is a folder; give another path"),
+        (file / "deep" / "run", False, rf"no file can be written in {file} \(Not a directory\)"),
+        (file / "scores.json", True, rf"no file can be written in {file} \(Not a directory\)"),
+        ("/proc/run", False, r"no file can be written in /proc \("),
+    ):
+        with pytest.raises(ConfigError, match=f"--output={path} .*{reason}"):
+            storage.check(path, write=True, flag="--output", file=is_file)
+    storage.check(file, write=True, flag="--output", file=True)
+    storage.check(tmp_path / "new" / "run", write=True)
+    assert list(tmp_path.iterdir()) == [file]
+    storage.check("/proc/run")
+    storage.write_text(tmp_path / "new" / "scores.json", "{}")
+
+
+@pytest.mark.parametrize(
+    ("module", "flag"),
+    [
+        (evaluate, "json"),
+        (evaluate, "report"),
+        (predict, "output"),
+        (submit, "output"),
+        (fit, "workdir"),
+        (paper, "output"),
+        (export, "output"),
+    ],
+)
+def test_commands_look_at_their_outputs_first(module, flag, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    given = {"workdir": "none", "input": ["none"], "format": ["onnx"], "size": "dynamic"}
+    args = collections.defaultdict(str, given | {flag: str(tmp_path / "file" / "x")})
+
+    class Flags:
+        __getattr__ = __getitem__ = lambda self, name: args[name]
+
+    monkeypatch.setattr(flags, "FLAGS", Flags())
+    monkeypatch.setattr(fit, "_request", lambda args: None)
+    with pytest.raises(ConfigError, match=rf"--{flag}=.*/file/x cannot be written"):
+        module.main([])
 
 
 def test_two_processes_may_write_one_file(tmp_path):

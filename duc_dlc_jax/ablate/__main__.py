@@ -123,6 +123,7 @@ def main(_) -> None:
     path = config_flags.get_config_filename(args["config"]) if base is not None else ""
     whole = grid.load(path) if path else None
     if args.report:
+        storage.check(args.output, write=True, flag="--output", file=True)
         write_report(results, args.output, whole, report_command(path, workdir, args.output))
         return
     if base is None or whole is None:
@@ -140,6 +141,7 @@ def main(_) -> None:
     if args.list:
         print(listed(runs, results))
         return
+    storage.check(workdir, write=True, flag="--workdir")
     results.write_grid(whole)
     cli.use_compilation_cache(workdir)
     limit = args.stop_after_s or args.max_hours * 3600 or float("inf")

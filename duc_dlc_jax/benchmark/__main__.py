@@ -35,7 +35,7 @@ import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
-from duc_dlc_jax import cli, protocols
+from duc_dlc_jax import cli, protocols, storage
 from duc_dlc_jax import config as config_lib
 from duc_dlc_jax.benchmark import floor, formats, growth, inputs, layers, memory, model, networks
 from duc_dlc_jax.benchmark.figures import Figures, conditions
@@ -240,6 +240,8 @@ def main(_) -> None:
     args = flags.FLAGS
     cli.use_deterministic_kernels(args.config)
     segmenter.enable_dtype(args.config.model)
+    if args.json:
+        storage.check(args.json, write=True, flag="--json", file=True)
     figures = Figures(args.json, args.again)
     if args.evaluate:
         figures.update(measure_evaluation(args))

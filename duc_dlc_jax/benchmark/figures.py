@@ -14,6 +14,7 @@ import ml_collections
 
 import duc_dlc_jax
 from duc_dlc_jax import config as config_lib
+from duc_dlc_jax import storage
 
 
 def conditions(config: ml_collections.ConfigDict | None, **options: Any) -> dict[str, Any]:
@@ -85,6 +86,5 @@ class Figures:
     def write(self) -> None:
         """Replaces the file in one step: a command that is cut off leaves the former one."""
         if self._path:
-            part = self._path.with_name(self._path.name + ".part")
-            part.write_text(json.dumps(self.values, indent=1) + "\n")
-            part.replace(self._path)
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            storage.write_whole(self._path, json.dumps(self.values, indent=1) + "\n")

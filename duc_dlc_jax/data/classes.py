@@ -23,6 +23,7 @@ from duc_dlc_jax.data.labels import IGNORE, DataError, LabelSpec, voc_colour
 
 IGNORED_NAMES = ("void", "ignore", "ignored", "unlabelled", "unlabeled")
 MOST_VALUES = 64  # classes that are inferred; more have to be named
+FEW_VALUES = 8  # outside the file of classes, that smoothing does not explain
 FORMS = (
     'a list of names, a list of {"name": ..., "id": 7} or {"name": ..., "color": "#RRGGBB"}, '
     'or an object {"name": 7} or {"name": "#RRGGBB"}'
@@ -52,7 +53,10 @@ def read_classes(path: str | pathlib.Path) -> list[Declared]:
     try:
         content = json.loads(path.read_text("utf-8"), object_pairs_hook=_Pairs)
     except ValueError as error:
-        raise DataError(f"{path}: not readable as JSON: {error}") from error
+        raise DataError(
+            f'{path}: not readable as JSON: {error}. It holds names such as ["sky", "road"]; '
+            f"allowed: {FORMS}"
+        ) from error
     if isinstance(content, _Pairs):
         key = {True: "id", False: "color"}
         rows = [{"name": name, key[isinstance(value, int)]: value} for name, value in content]
@@ -227,11 +231,24 @@ def _declared_ids(
     if outside:
         raise DataError(
             f"{values.first[outside[0]]}: {values.written(outside)} in the masks, outside "
-            f"{source}; allowed: {values.written({*kept, *ignored})}. {_in_between(values)}"
+            f"{source}; allowed: {values.written({*kept, *ignored})}. "
+            f"{_unnamed(outside, values, source)}"
         )
     if IGNORE not in kept:
         _refuse_binary(values)
     return kept, ignored
+
+
+def _unnamed(outside: list[int], values: Values, source: str) -> str:
+    """What to do about values that the file of classes does not name."""
+    if source == "--binary" or len(outside) > FEW_VALUES:
+        return _in_between(values)
+    key, value = ("color", f'"#{outside[0]:06X}"') if values.colours else ("id", outside[0])
+    entry = f'{{"name": "rest", "{key}": {value}, "ignore": true}}'
+    return (
+        f"If they are classes, {source} lacks their names; else have them ignored by entries of "
+        f"this form for all values: {entry}"
+    )
 
 
 def _occurring_ids(values: Values, reserved: set[int]) -> dict[int, str]:

@@ -23,14 +23,17 @@ ORIENTATION = 274  # the EXIF tag
 
 
 def decode_image(data: bytes, name: str) -> np.ndarray:
-    """Decodes PNG or JPEG bytes to RGB uint8 [H, W, 3], EXIF orientation applied.
+    """Decodes the bytes of an image file to RGB uint8 [H, W, 3], EXIF orientation applied.
 
     Raises:
       DataError: the bytes are no image; names it.
     """
     image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB) if data else None
     if image is None:
-        raise DataError(f"{name}: {len(data)} bytes that are not a readable PNG or JPEG image")
+        raise DataError(
+            f"{name}: {len(data)} bytes that are not a readable image "
+            "(PNG, JPEG, WebP, BMP or TIFF)"
+        )
     return image
 
 
@@ -125,7 +128,13 @@ def _opened(data: bytes, what: str, kind: str) -> Iterator[Image.Image]:
 
 
 def _colours(mask: Image.Image, name: str) -> np.ndarray:
-    if mask.mode == "RGBA" and np.array(mask)[..., 3].min() == 255:
+    if mask.mode == "RGBA":
+        if clear := int((np.array(mask)[..., 3] < 255).sum()):
+            raise DataError(
+                f"{name}: {clear} pixels are transparent, wholly or in part, and name no class by "
+                "their colour: save the mask as RGB, without transparency",
+                MODE,
+            )
         mask = mask.convert("RGB")
     if mask.mode not in ("RGB", "P"):
         raise DataError(f"{name}: a mask of mode {mask.mode} where RGB colours are expected", MODE)

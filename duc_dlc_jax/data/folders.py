@@ -13,7 +13,7 @@ import io
 import pathlib
 import re
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from PIL import Image
@@ -23,7 +23,7 @@ from duc_dlc_jax.data.builders.examples import in_threads
 from duc_dlc_jax.data.builders.files import File
 from duc_dlc_jax.data.builders.sources import Item
 from duc_dlc_jax.data.labels import IGNORE, DataError, LabelSpec, is_known
-from duc_dlc_jax.data.pairs import Pair, find_pairs
+from duc_dlc_jax.data.pairs import CLASSES, Pair, find_pairs
 from duc_dlc_jax.progress import Progress
 
 _PNG = b"\x89PNG\r\n\x1a\n"
@@ -69,6 +69,7 @@ class Inspection:
       split_by: where the splits come from, for people.
       names_from: where the names of the classes come from, for people.
       skipped: a message for each file that is left out.
+      others: number of files of types that are not read, by suffix.
     """
 
     spec: LabelSpec
@@ -77,6 +78,7 @@ class Inspection:
     split_by: str
     names_from: str
     skipped: tuple[str, ...]
+    others: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def counts(self) -> dict[str, int]:
@@ -107,9 +109,10 @@ class Inspection:
             f"Masks     {self.kind}; the names of the classes are from {self.names_from}",
         ]
         if self.skipped:
-            more = [f"  and {len(self.skipped) - 20} more"] if len(self.skipped) > 20 else []
-            named = [f"  {text}" for text in self.skipped[:20]]
-            lines += [f"Left out  {len(self.skipped)}:", *named, *more]
+            lines += [f"Left out  {len(self.skipped)}:", *_listed(self.skipped)]
+        if self.others:
+            kinds = ", ".join(f"{count} {suffix}" for suffix, count in sorted(self.others.items()))
+            lines.append(f"Not read  {kinds}: images are PNG or JPEG, masks PNG")
         return [*lines, "", *self._class_rows()]
 
     def _class_rows(self) -> list[str]:
@@ -155,34 +158,38 @@ def inspect(
         else the classes are the values that occur in the masks.
       seed: of the split.
       name: of the data set: a-z, 0-9 and _, a letter first, and no known data set's.
-      val_share: share of the images that are held back where there is no folder val; 0..1.
+      val_share: share of the images that are held back where there is no folder val; above 0 and
+        below 1.
       binary: see `classes.infer_spec`.
       skip_bad: leave out files without a partner, that are unreadable or of two sizes.
 
     Raises:
       FileNotFoundError: no such folder or file.
-      DataError: no pairs; files that cannot be used; masks that fit neither together nor the file
-        of classes; names files, values and the way out.
+      DataError: no pairs; a share outside its range; files that cannot be used; masks that fit
+        neither together nor the file of classes; names files, values and the way out.
     """
     _check_name(name)
+    if not 0 < val_share < 1:
+        raise DataError(f"--val_share={val_share:g}; allowed: above 0 and below 1")
     images_dir, labels_dir = pathlib.Path(images_dir), pathlib.Path(labels_dir)
-    found, alone = find_pairs(images_dir, labels_dir)
+    found, alone, others = find_pairs(images_dir, labels_dir)
     scans, broken = _scan_all(found)
     left_out = [*alone, *broken]
     if left_out and not (skip_bad and scans):
         raise DataError(
-            f"{len(left_out)} of the files in {images_dir} and {labels_dir} cannot be used: "
-            f"{_listed(left_out)}. Mend or remove them, or leave them out with --skip_bad"
+            f"{len(left_out)} of the files in {images_dir} and {labels_dir} cannot be used. Mend "
+            "or remove them, or leave them out with --skip_bad; with --plan_only fit shows what "
+            "then remains:\n" + "\n".join(_listed(left_out))
         )
     if classes_file is None:
-        beside = (labels_dir / "classes.json", labels_dir.parent / "classes.json")
+        beside = (labels_dir / CLASSES, labels_dir.parent / CLASSES)
         classes_file = next((path for path in beside if path.is_file()), None)
     declared = classes.read_classes(classes_file) if classes_file else None
     values = _values(scans, bool(declared and declared[0].colour))
     spec = classes.infer_spec(name, values, declared, str(classes_file), binary)
     by_split, split_by = _split(scans, seed, val_share)
     source = "--binary" if binary else classes_file or "their values"
-    return Inspection(spec, by_split, values.kind, split_by, str(source), tuple(left_out))
+    return Inspection(spec, by_split, values.kind, split_by, str(source), tuple(left_out), others)
 
 
 def _check_name(name: str) -> None:
@@ -355,6 +362,7 @@ def _item(pair: Pair) -> Item:
     return Item(pair.name, File(pair.image), File(pair.mask) if pair.mask else None)
 
 
-def _listed(messages: Sequence[str], most: int = 5) -> str:
-    more = f"; and {len(messages) - most} more" if len(messages) > most else ""
-    return "; ".join(messages[:most]) + more
+def _listed(messages: Sequence[str], most: int = 20) -> list[str]:
+    """A line for each message, and one for those beyond `most`."""
+    more = [f"  and {len(messages) - most} more"] if len(messages) > most else []
+    return [f"  {text}" for text in messages[:most]] + more

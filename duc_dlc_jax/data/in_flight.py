@@ -30,8 +30,10 @@ class InFlight:
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
         if threading.current_thread() is threading.main_thread():
-            # A cluster sends SIGTERM to every process of a job; the trainer still needs batches.
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            # A cluster sends SIGTERM to every process of a job, and a terminal SIGINT; the trainer
+            # still needs batches.
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, signal.SIG_IGN)
         threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
 
     @contextlib.contextmanager

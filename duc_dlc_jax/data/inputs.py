@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import cv2
 import numpy as np
+from absl import logging
 from PIL import Image
 
 from duc_dlc_jax.data import codec
@@ -85,9 +86,9 @@ class Video:
 def find(texts: Sequence[str], without: str | os.PathLike) -> list[Input]:
     """The files, those below folders and those that patterns (`photos/**/*.jpg`) match, sorted.
 
-    A folder is searched for images and videos by their names' endings; hidden files and what lies
-    in the folder `without` (of results) are left out. Names are paths with underscores for folders,
-    and keep their ending where two would be alike.
+    A folder is searched for images and videos by their names' endings, and a warning counts the
+    others; hidden files and what lies in the folder `without` (of results) are left out. Names are
+    paths with underscores for folders, and keep their ending where two would be alike.
 
     Raises FileNotFoundError, naming the text, where nothing is found.
     """
@@ -96,15 +97,17 @@ def find(texts: Sequence[str], without: str | os.PathLike) -> list[Input]:
     for text in texts:
         path = Path(text)
         if path.is_dir():
-            found = [p for p in sorted(path.rglob("*")) if _is_wanted(p.relative_to(path))]
+            found = [p for p in sorted(path.rglob("*")) if _is_shown(p.relative_to(path))]
             root = path
         else:
             found = [path] if path.exists() else sorted(map(Path, glob.glob(text, recursive=True)))
             root = _common(found)
-        found = [p for p in found if p.is_file() and results not in p.resolve().parents]
+        files = [p for p in found if p.is_file()]
+        there = [p for p in files if results not in p.resolve().parents]
+        found = [p for p in there if not path.is_dir() or p.suffix.lower() in IMAGES + VIDEOS]
         if not found:
-            endings = f" that ends with {', '.join(IMAGES + VIDEOS)}" if path.is_dir() else ""
-            raise FileNotFoundError(f"--input={text}: no file{endings}")
+            raise FileNotFoundError(f"--input={text}: {_nothing(path, files, there, without)}")
+        _tell_passed_over(text, set(there) - set(found))
         paths |= {p: "_".join(p.relative_to(root).with_suffix("").parts) for p in found}
     alike = collections.Counter(paths.values())
     names: dict[str, Path] = {}
@@ -134,9 +137,22 @@ def ahead(items: Iterable[T], count: int) -> Iterator[T]:
             pool.shutdown(cancel_futures=True)
 
 
-def _is_wanted(path: Path) -> bool:
-    hidden = any(part.startswith(".") for part in path.parts)
-    return path.suffix.lower() in IMAGES + VIDEOS and not hidden
+def _is_shown(path: Path) -> bool:
+    return not any(part.startswith(".") for part in path.parts)
+
+
+def _nothing(path: Path, files: list[Path], there: list[Path], without: str | os.PathLike) -> str:
+    """Why there is nothing to label; files: what was found, there: without that of the results."""
+    if files and not there:
+        return f"nothing but files in --output={without}, which is passed over; name another folder"
+    return f"no file that ends with {', '.join(IMAGES + VIDEOS)}" if path.is_dir() else "no file"
+
+
+def _tell_passed_over(text: str, paths: set[Path]) -> None:
+    if paths:
+        suffixes = collections.Counter(path.suffix.lower() or "without ending" for path in paths)
+        counts = ", ".join(f"{count} {suffix}" for suffix, count in sorted(suffixes.items()))
+        logging.warning("--input=%s: passed over %s, first %s", text, counts, min(paths))
 
 
 def _common(paths: list[Path]) -> Path:

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 
 from duc_dlc_jax.data.labels import DataError
 
+CLASSES = "classes.json"  # the file of classes, where it lies among the masks
 IMAGES = (".png", ".jpg", ".jpeg")
 MASK_ENDING = re.compile(
     r"[_-](masks?|labels?|labelids|labeltrainids|gt|seg|segmentation|annotation)$", re.IGNORECASE
@@ -38,13 +39,16 @@ def folder_split(name: str) -> str:
     return SPLITS.get(first.lower(), "") if slash else ""
 
 
-def find_pairs(images_dir: pathlib.Path, labels_dir: pathlib.Path) -> tuple[list[Pair], list[str]]:
+def find_pairs(
+    images_dir: pathlib.Path, labels_dir: pathlib.Path
+) -> tuple[list[Pair], list[str], collections.Counter[str]]:
     """Pairs images and masks of one path, but for suffix and `MASK_ENDING`, in name order.
 
     Images of a folder "test" need no masks, if none of them has one.
 
     Returns:
-      The pairs, and a line of text for each file without a partner.
+      The pairs, a line of text for each file without a partner, and the number of files of other
+      types by suffix.
 
     Raises:
       FileNotFoundError: no such folder.
@@ -55,8 +59,9 @@ def find_pairs(images_dir: pathlib.Path, labels_dir: pathlib.Path) -> tuple[list
             raise FileNotFoundError(f"--{flag}={folder}: no such folder")
     if images_dir.resolve() == labels_dir.resolve():
         raise DataError(f"--images and --labels are both {images_dir}; give two folders")
-    images = _images(images_dir, _walk(images_dir, labels_dir))
-    masks = _masks(labels_dir, _walk(labels_dir, images_dir), images)
+    photos, drawn = _walk(images_dir, labels_dir), _walk(labels_dir, images_dir)
+    images = _images(images_dir, photos)
+    masks = _masks(labels_dir, drawn, images)
     if not set(images) & set(masks):
         raise DataError(
             f"no mask has the name of an image: {len(images)} images, first "
@@ -67,15 +72,39 @@ def find_pairs(images_dir: pathlib.Path, labels_dir: pathlib.Path) -> tuple[list
     test = {name for name in images if folder_split(name) == "test"}
     unlabelled = set() if test & set(masks) else test
     paired = sorted((set(images) & set(masks)) | unlabelled)
+    other_images = {_bare(name): path for name, path in photos.items() if not _is_image(path)}
+    other_masks = {
+        _image_of(name, images): path for name, path in drawn.items() if not _is_mask(path)
+    }
+
     alone = [
-        f"{files[name]}: {kind}"
-        for files, others, kind in (
-            (images, set(masks) | unlabelled, "an image without a mask"),
-            (masks, images, "a mask without an image"),
+        f"{files[name]}: {alone}"
+        if name not in unread
+        else f"{files[name]}: its {other} is {unread[name]}; only {types} is read"
+        for files, partners, alone, other, unread, types in (
+            (images, {*masks, *unlabelled}, "an image without a mask", "mask", other_masks, "PNG"),
+            (masks, images, "a mask without an image", "image", other_images, "PNG or JPEG"),
         )
-        for name in sorted(set(files) - set(others))
+        for name in sorted(set(files) - set(partners))
     ]
-    return [Pair(name, images[name], masks.get(name)) for name in paired], alone
+    unread = [*other_images.values(), *(p for p in other_masks.values() if p.name != CLASSES)]
+    others = collections.Counter(path.suffix.lower() or "without suffix" for path in unread)
+    return [Pair(name, images[name], masks.get(name)) for name in paired], alone, others
+
+
+def _is_image(path: pathlib.Path) -> bool:
+    return path.suffix.lower() in IMAGES
+
+
+def _is_mask(path: pathlib.Path) -> bool:
+    return path.suffix.lower() == ".png"
+
+
+def _image_of(name: str, images: Files) -> str:
+    """The name of the image that a mask of this name belongs to."""
+    bare = _bare(name)
+    short = MASK_ENDING.sub("", bare)
+    return short if bare not in images and short in images else bare
 
 
 def _walk(folder: pathlib.Path, outside: pathlib.Path) -> Files:
@@ -95,7 +124,7 @@ def _walk(folder: pathlib.Path, outside: pathlib.Path) -> Files:
 def _images(folder: pathlib.Path, found: Files) -> Files:
     images: Files = {}
     for name, path in found.items():
-        if path.suffix.lower() in IMAGES:
+        if _is_image(path):
             other = images.setdefault(_bare(name), path)
             if other != path:
                 raise DataError(f"{other} and {path} have one name; keep one of the two")
@@ -106,22 +135,16 @@ def _images(folder: pathlib.Path, found: Files) -> Files:
 
 def _masks(folder: pathlib.Path, found: Files, images: Files) -> Files:
     """Returns the PNG masks by the name of their image."""
-
-    def image_of(name: str) -> str:
-        bare = _bare(name)
-        short = MASK_ENDING.sub("", bare)
-        return short if bare not in images and short in images else bare
-
     masks: Files = {}
     for name, path in found.items():
-        if path.suffix.lower() == ".png":
-            other = masks.setdefault(image_of(name), path)
+        if _is_mask(path):
+            other = masks.setdefault(_image_of(name, images), path)
             if other != path:
                 raise DataError(f"{other} and {path} are masks of one image; keep one of the two")
     jpeg = [
         path
         for name, path in found.items()
-        if path.suffix.lower() in IMAGES and image_of(name) in set(images) - set(masks)
+        if _is_image(path) and _image_of(name, images) in set(images) - set(masks)
     ]
     if jpeg:
         raise DataError(

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import pathlib
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -27,6 +28,8 @@ from duc_dlc_jax.data.builders.sources import Item, Listing
 from duc_dlc_jax.data.labels import IGNORE, DataError, LabelSpec, is_known, label_spec
 from duc_dlc_jax.data.records import is_prepared, read_spec, summary
 from duc_dlc_jax.models.weights import cache_dir
+
+AGAIN = "delete that folder, or give another --data_dir"
 
 
 def _source(name: str) -> sources.Source:
@@ -83,18 +86,23 @@ def prepare(
 
     Raises:
       ConfigError: unknown data set.
-      DataError: missing, partial or contradictory input, or a difference under `strict`.
+      DataError: missing, partial or contradictory input, or a difference under `strict`; or other
+        images than it was prepared from.
     """
     source = _source(name)
     folder = builders.prepared_dir(data_dir, name)
     if is_prepared(folder):
         print(f"{name} is already prepared in {folder}; delete that folder to prepare it again")
+        if raw_dir:
+            with listed(name, raw_dir) as (listing, _):
+                _check_source(folder, f"--raw_dir={raw_dir}", images_of(source, listing))
+            _note_source(folder, raw_dir)
     else:
         with listed(name, raw_dir) as (listing, spec):
             counts = images_of(source, listing)
             if strict:
                 _refuse(name, count_differences(source, counts))
-            build(name, listing.splits, spec, data_dir, counts, encoding)
+            build(name, listing.splits, spec, data_dir, counts, encoding, raw_dir)
     rows = summary(folder)
     differences = count_differences(source, {split: rows[split]["images"] for split in rows})
     print("\n".join([*table(rows, read_spec(folder)), *differences]))
@@ -112,12 +120,16 @@ def prepare_folders(
       The folder of the records.
 
     Raises:
-      DataError: a file became unusable since it was inspected; names it.
+      DataError: a file became unusable since it was inspected; names it. Or it is prepared from
+        other images or classes.
     """
     name = found.spec.name
     folder = builders.prepared_dir(data_dir, name)
     if is_prepared(folder):
         print(f"{name} is already prepared in {folder}; delete that folder to prepare it again")
+        _check_source(folder, "--images", found.counts)
+        if found.spec != read_spec(folder):
+            raise DataError(f"{folder} was prepared with other classes; {AGAIN}")
     else:
         build(name, found.items(), found.spec, data_dir, found.counts, encoding)
     print("\n".join(table(summary(folder), read_spec(folder))))
@@ -127,15 +139,17 @@ def prepare_folders(
 def placed(name: str, data_dir: str, make: Callable[[str], pathlib.Path]) -> None:
     """Has `make` prepare into data_dir; for an object store into the user's cache, and uploads it.
 
-    Raises as `make`; ConfigError for a store that cannot be used.
+    Raises as `make`; ConfigError for a store or a folder that cannot be used.
     """
+    target = builders.prepared_dir(data_dir, name)
     if not storage.is_remote(data_dir):
+        if not is_prepared(target):
+            storage.check(data_dir, write=True, flag="--data_dir")
         folder = make(data_dir)
         if not (folder / staging.MANIFEST).exists():  # of an older version
             staging.write_manifest(folder)
         return
-    target = builders.prepared_dir(data_dir, name)
-    storage.check(target, write=True)
+    storage.check(target, write=True, flag="--data_dir")
     if (target / staging.MANIFEST).exists():
         print(f"{name} is already prepared in {target}; delete that folder to prepare it again")
         return
@@ -143,6 +157,25 @@ def placed(name: str, data_dir: str, make: Callable[[str], pathlib.Path]) -> Non
     staging.upload(folder, target)
     shutil.rmtree(folder)
     print(f"uploaded to {target}")
+
+
+def _check_source(folder: pathlib.Path, given: str, images: dict[str, int]) -> None:
+    """Raises DataError where a split has other `images` than the records in `folder`."""
+    prepared = {split: row["images"] for split, row in summary(folder).items()}
+    if images != prepared:
+        now, then = (
+            ", ".join(f"{count} {split}" for split, count in counts.items())
+            for counts in (images, prepared)
+        )
+        raise DataError(f"{given}: {now} images, but {folder} was prepared from {then}; {AGAIN}")
+
+
+def _note_source(folder: pathlib.Path, raw_dir: str) -> None:
+    """Prints where a prepared data set is from, if that is another place than `raw_dir`."""
+    path = folder / builders.SOURCE_FILE
+    origin = json.loads(path.read_text())["raw_dir"] if path.is_file() else None
+    if origin not in (None, str(pathlib.Path(raw_dir).resolve())):
+        print(f"warning: it was prepared from {origin}; nothing of {raw_dir} is read")
 
 
 def images_of(source: sources.Source, listing: Listing) -> dict[str, int]:
@@ -160,8 +193,11 @@ def build(
     data_dir: str | pathlib.Path,
     counts: dict[str, int],
     encoding: str = "auto",
+    raw_dir: str | None = None,
 ) -> None:
     """Writes the records of a data set; what an earlier call left unfinished is removed first.
+
+    raw_dir: of the download; it is noted beside the records.
 
     Raises DataError where another process is preparing it, and ImportError without TensorFlow.
     """
@@ -187,6 +223,10 @@ def build(
             shutil.rmtree(leftover, ignore_errors=True)
         try:
             tfds_builder.build(name, splits, spec, str(data_dir), counts, encoding)
+            if raw_dir:
+                origin = {"raw_dir": str(pathlib.Path(raw_dir).resolve())}
+                path = builders.prepared_dir(data_dir, name) / builders.SOURCE_FILE
+                path.write_text(json.dumps(origin) + "\n")
             staging.write_manifest(builders.prepared_dir(data_dir, name))
         finally:
             (parent / ".lock").unlink(missing_ok=True)
@@ -240,18 +280,18 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unexpected arguments {argv[1:]}; see --help")
     logging.set_verbosity(logging.WARNING)  # TFDS logs each of its steps
     args = flags.FLAGS
-    if args.images or args.labels:
-        if not (args.images and args.labels) or args.raw_dir:
-            raise app.UsageError("--images and --labels belong together, without --raw_dir")
+    own = args.images or args.labels
+    if own and not (args.images and args.labels and not args.raw_dir):
+        raise app.UsageError("--images and --labels belong together, without --raw_dir")
+
+    def make(data_dir: str) -> pathlib.Path:
+        if not args.images:
+            return prepare(args.dataset, args.raw_dir, data_dir, args.strict, args.encoding)
         found = folders.inspect(args.images, args.labels, args.classes, name=args.dataset)
         print("\n".join([*found.lines(), ""]))
-        placed(args.dataset, args.data_dir, lambda d: prepare_folders(found, d, args.encoding))
-        return
-    placed(
-        args.dataset,
-        args.data_dir,
-        lambda d: prepare(args.dataset, args.raw_dir, d, args.strict, args.encoding),
-    )
+        return prepare_folders(found, data_dir, args.encoding)
+
+    placed(args.dataset, args.data_dir, make)
 
 
 if __name__ == "__main__":

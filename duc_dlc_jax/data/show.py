@@ -15,7 +15,7 @@ import numpy as np
 from absl import app, flags
 from ml_collections import config_flags
 
-from duc_dlc_jax import cli, pictures
+from duc_dlc_jax import cli, pictures, storage
 from duc_dlc_jax import config as config_lib
 from duc_dlc_jax.data import drawing, pipeline, prepare
 from duc_dlc_jax.data.drawing import Cell
@@ -99,6 +99,7 @@ def main(argv: list[str]) -> None:
     config_lib.validate(config)
     split = args.split or config.data.train_split
     output = pathlib.Path(args.output)
+    storage.check(output, write=True, flag="--output")
     for path in show(config, split, output, args.augmented, args.images, args.seed):
         print(path)
 

@@ -286,6 +286,8 @@ def verify(
     """
     if not name and (raw_dir or not data_dir):
         raise DataError("say which data set: --dataset=NAME --raw_dir=DIR, or --data_dir=DIR")
+    if json_file:
+        storage.check(json_file, write=True, flag="--json", file=True)
     reports = []
     if name and (raw_dir or not data_dir):
         reports.append(verify_download(name, raw_dir))
@@ -294,7 +296,7 @@ def verify(
     print("\n\n".join("\n".join(report.lines(limit)) for report in reports))
     if json_file:
         text = json.dumps([report.to_json() for report in reports], indent=1)
-        pathlib.Path(json_file).write_text(text + "\n")
+        storage.write_text(pathlib.Path(json_file), text + "\n")
     if problems := [problem for report in reports for problem in report.problems]:
         files = {problem.file for problem in problems}
         raise DataError(f"{len(problems)} problem(s) in {len(files)} file(s), listed above")

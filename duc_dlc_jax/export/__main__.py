@@ -103,6 +103,7 @@ def main(_) -> None:
         tuple(args.format), args.input, args.output_kind, args.dtype, _size(args.size)
     )
     output = Path(storage.local("--output", args.output))
+    storage.check(output, write=True, flag="--output")
     cli.use_compilation_cache(storage.path(args.workdir))
     run = workdirs.load(args.workdir, args.checkpoint)
     content = export(run, output, options, args.images)

@@ -25,13 +25,13 @@ def read_tensors(path: str | Path) -> dict[str, np.ndarray]:
     """Every tensor of a .npz, .safetensors or zip-format .pth file; none of its code runs."""
     path = Path(path)
     readers = {".npz": _read_npz, ".safetensors": _read_safetensors, ".pth": _read_pth}
+    if not path.is_file():
+        raise FileNotFoundError(f"config.init.weights={path}: no such file.")
     if path.suffix not in readers:
         raise ConfigError(
             f"{path}: weights of type {path.suffix or '(no suffix)'} are not read; "
             f"config.init.weights takes {', '.join(readers)}."
         )
-    if not path.is_file():
-        raise FileNotFoundError(f"config.init.weights={path}: no such file.")
     return readers[path.suffix](path)
 
 

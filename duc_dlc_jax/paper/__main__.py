@@ -13,7 +13,7 @@ from typing import Any
 
 from absl import flags
 
-from duc_dlc_jax import cli, hours, markdown, protocols
+from duc_dlc_jax import cli, hours, markdown, protocols, storage
 from duc_dlc_jax import config as config_lib
 from duc_dlc_jax.ablate.results import CIRCUMSTANCES
 from duc_dlc_jax.config import ConfigError
@@ -198,8 +198,8 @@ def page(folder: Path) -> str:
 
 def main(_) -> None:
     args = flags.FLAGS
-    text = page(Path(args.runs))
-    Path(args.output).write_text(text)
+    storage.check(args.output, write=True, flag="--output", file=True)
+    storage.write_text(Path(args.output), page(Path(args.runs)))
     print(f"written: {args.output}")
 
 
