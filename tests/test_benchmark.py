@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import networks as networks_of_tests
 import runs
 from duc_dlc_jax import describe, programs
 from duc_dlc_jax.benchmark import __main__ as benchmark
@@ -61,6 +62,8 @@ def test_rates_follow_from_seconds_and_multiply_adds(figures):
         assert f["flop_per_second"] == pytest.approx(passes * forward * f["images_per_second"])
         assert f["floor_share"] == pytest.approx(f["floor_seconds"] / f["seconds"])
         assert f["floor_seconds"] == pytest.approx(sum(f["floor_by_group"].values()))
+        assert f["peak_bytes_per_device"] > 0
+    assert 0 < values["infer"]["folded_floor_seconds"] < values["infer"]["floor_seconds"]
 
 
 def test_the_profile_knows_the_parts_of_the_network(figures):
@@ -123,13 +126,22 @@ def test_floor_by_hand():
     busy = describe.Convolution(("dlc", "a"), 1, 2, 3, 1000)
     moving = describe.Convolution(("dlc", "b"), 100, 50, 350, 10)
     first = describe.Convolution(("backbone", "conv1"), 1, 1, 1, 500)
-    found = floor.seconds([busy, moving, first], 2, 4, ceilings, training=False)
+    norms = {moving.path, first.path}
+    found = floor.seconds([busy, moving, first], norms, 2, 4, ceilings, training=False)
     moved = (2 * 100 + 2 * 350 + 50) * 4 / 10
-    bn = {layer: 2 * 2 * layer.outputs * 4 / 10 for layer in (busy, moving, first)}
-    assert found["dlc"] == pytest.approx(2 * 2 * 1000 / 100 + moved + bn[busy] + bn[moving])
+    bn = {layer: 2 * 2 * layer.outputs * 4 / 10 for layer in (moving, first)}
+    assert found["dlc"] == pytest.approx(2 * 2 * 1000 / 100 + moved + bn[moving])
     assert found["stem"] == pytest.approx(2 * 2 * 500 / 100 + bn[first])
-    training = floor.seconds([first], 2, 4, ceilings, training=True)
+    training = floor.seconds([first], norms, 2, 4, ceilings, training=True)
     assert training["stem"] == pytest.approx(2 * 20 + 3.5 * bn[first])
+
+
+def test_the_floor_knows_which_convolutions_have_a_bn():
+    model = segmenter.create(runs.tiny_config("data").model, 5)
+    layers = floor.executed(model, 64, 64)
+    stats = networks_of_tests.shapes_of(model)["batch_stats"]
+    without = {c.path[-1] for c in layers} - {p[-1] for p in floor.with_norm(layers, stats)}
+    assert without == {"classifier", "coefficients_guidance", "coefficients_low"}
 
 
 def test_the_floor_has_less_of_the_guidance_than_the_paper():

@@ -40,10 +40,12 @@ def resize(x, size, grid, ratio):
         return F.interpolate(x, tuple(size), mode="bilinear", align_corners=False)
     for axis, length in zip((2, 3), size, strict=True):
         last = x.shape[axis] - 1
-        position = (torch.arange(length, dtype=x.dtype) * ratio).clamp(max=last)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        position = (torch.arange(length, dtype=wide, device=x.device) * ratio).clamp(max=last)
         before = position.floor().long()
         after = (before + 1).clamp(max=last)
-        weight = (position - before).view(-1, 1) if axis == 2 else position - before
+        weight = (position - before).to(x.dtype)
+        weight = weight.view(-1, 1) if axis == 2 else weight
         x = x.index_select(axis, before) * (1 - weight) + x.index_select(axis, after) * weight
     return x
 

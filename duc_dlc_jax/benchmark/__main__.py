@@ -12,7 +12,7 @@ growth how FLOPs, bytes and memory of the step grow with pixels, batch, classes 
 
 train, infer and growth need no data. The first two say which share of the layer-wise floor is
 reached, with --profile where the time goes, and with --peer=torch how PyTorch does the
-same network in alternating rounds of the same run.
+same network, way by way, in rounds that alternate with ours.
 
 With `--evaluate=1024x2048` it times instead how one image of this size is labelled by `--protocol`,
 and says the most memory that the process had: start a process for each figure.
@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -38,8 +39,8 @@ from ml_collections import config_flags
 from duc_dlc_jax import cli, protocols, storage
 from duc_dlc_jax import config as config_lib
 from duc_dlc_jax.benchmark import floor, formats, growth, inputs, layers, memory, model, networks
+from duc_dlc_jax.benchmark import peer as peers
 from duc_dlc_jax.benchmark.figures import Figures, conditions
-from duc_dlc_jax.benchmark.peer import Peer
 from duc_dlc_jax.data import photos
 from duc_dlc_jax.models import segmenter
 
@@ -47,31 +48,38 @@ KINDS = ("train", "infer", "input", "fed", "layers", "networks", "memory", "grow
 
 
 def show_rates(what: str, r: dict[str, Any]) -> None:
-    """Prints what `model.train` or `model.infer` returned, or why there is nothing."""
+    """Prints what `model.timed_step` returned, or why there is nothing."""
     if "failed" in r:
         print(f"{what}: failed: {r['failed']}")
         return
     size = "x".join(map(str, r["image"]))
     speed = f"{r['images_per_second']:.1f} images/s, {r['flop_per_second'] / 1e12:.3f} TFLOP/s"
     share = f"{100 * r['floor_share']:.0f}% of the layer-wise floor"
+    if "folded_floor_seconds" in r:
+        share += f" ({100 * r['folded_floor_seconds'] / r['seconds']:.0f}% with BN folded)"
     print(
         f"{what}, batch {r['batch_size']}, {size}: {1000 * r['seconds']:.1f} ms, {speed}, {share}"
     )
-    if "peak_bytes_per_device" in r:
-        print(
-            f"memory of the training step: {r['peak_bytes_per_device'] / 2**20:,.0f} MiB per device"
-        )
-    if "peer" in r:
-        peer = r["peer"]
-        for way, rounds in peer["rounds"].items():
-            print(f"  PyTorch, {way}: {1000 * float(np.median(rounds)):.1f} ms")
-        for way, reason in peer["failed"].items():
-            print(f"  PyTorch, {way}: failed: {reason}")
-        if peer["ratios"]:
-            pairs = ", ".join(f"{ratio:.2f}" for ratio in peer["ratios"])
-            print(f"  PyTorch's time over ours: {peer['ratio']:.2f} (pairs: {pairs})")
+    print(f"memory of the program: {r['peak_bytes_per_device'] / 2**20:,.0f} MiB per device")
+
+
+def show_peer(what: str, r: dict[str, Any]) -> None:
+    """Prints what `model.beside_peer` yielded last."""
+    for way, found in r["peer"]["ways"].items():
+        pairs = ", ".join(f"{ratio:.2f}" for ratio in found["ratios"])
+        seconds = f"{1000 * found['seconds']:.1f} ms, g(I) as {found['guidance']}"
+        print(f"{what}, PyTorch, {way}: {seconds}; its time over ours: {pairs}")
+    for way, reason in r["peer"]["failed"].items():
+        print(f"{what}, PyTorch, {way}: failed: {reason}")
+    if r["peer"]["fastest"]:
+        print("{}: PyTorch's time over ours: {ratio:.2f} ({fastest})".format(what, **r["peer"]))
+
+
+def show_profile(what: str, r: dict[str, Any]) -> None:
+    """Prints what `model.profiled` returned."""
     theirs = r.get("peer_groups", {})
-    for row in r.get("profile", ()):
+    print(f"{what}, by the profile:")
+    for row in r["profile"]:
         least = r["floor_by_group"].get(row["group"], 0)
         beside = theirs.get(row["group"])
         peer = "" if beside is None else f", PyTorch's {1e3 * beside:.3f} ms"
@@ -79,6 +87,16 @@ def show_rates(what: str, r: dict[str, Any]) -> None:
             f"  {row['group']:<12}{row['direction']:<10}{1e3 * row['seconds']:>9.3f} ms"
             f"{row['kernels']:>8.0f} kernels   (group's floor {1e3 * least:.3f} ms{peer})"
         )
+
+
+def peer_of(args: Any, work: model.Work, kinds: list[str]) -> peers.Peer:
+    """PyTorch with the network, which it was seen to compute alike."""
+    image = np.random.default_rng(0).integers(0, 256, (1, *work.size, 3), np.uint8)
+    data = model.random_batch(args.config, work.classes)
+    peer = peers.Peer(work, data, image, kinds, args.threads)
+    found = ", ".join(f"{name} by {value:.1e}" for name, value in peer.differences.items())
+    print(f"PyTorch {peer.version} differs (relative): {found}")
+    return peer
 
 
 def rates(args: Any, kinds: list[str], figures: Figures) -> None:
@@ -94,31 +112,8 @@ def rates(args: Any, kinds: list[str], figures: Figures) -> None:
     work = model.Work(args.config, size, ceilings)
     figures.update(work.conditions())
     print("{devices} x {device}, {dtype}, {classes} classes, JAX {jax}".format(**work.conditions()))
-    asked = {
-        what: of(
-            args.config,
-            peer=args.peer and [args.ways, args.threads],
-            profile=args.profile,
-            size=[0, 0] if what == "train" else work.size,
-        )
-        for what in ("train", "infer")
-        if what in kinds
-    }
-    with contextlib.ExitStack() as stack:
-        peer = None
-        missing = [what for what in asked if figures.found((what,), asked[what]) is None]
-        if args.peer and missing:
-            image = np.random.default_rng(0).integers(0, 256, (1, *work.size, 3), np.uint8)
-            data = model.random_batch(args.config, work.classes)
-            peer = Peer(work, data, image, args.ways, args.threads)
-            stack.enter_context(contextlib.closing(peer))
-            peer.warm_up(missing)
-            print(f"PyTorch {peer.version}: logits differ by {peer.difference:.1e} (relative)")
-            figures.update({"peer": {"torch": peer.version, "difference": peer.difference}})
-        for what in asked:
-            measure = model.train if what == "train" else model.infer
-            call = functools.partial(measure, work, args.steps, args.rounds, peer, args.profile)
-            show_rates(what, figures.once((what,), asked[what], call))
+    if {"train", "infer"} & set(kinds):
+        beside_peer(args, kinds, work, figures)
     if "networks" in kinds:
         for name, (config, options) in plan.items():
             call = functools.partial(networks.timed, work, config, options, args.steps, args.rounds)
@@ -128,6 +123,43 @@ def rates(args: Any, kinds: list[str], figures: Figures) -> None:
         named = {name: plan[name][0] for name in args.networks} or {"configured": args.config}
         for name, config in named.items():
             measure_memory(name, config, ceilings, args.memory_gib, figures)
+
+
+def beside_peer(args: Any, kinds: list[str], work: model.Work, figures: Figures) -> None:
+    """Measures and prints `train` and `infer`: ours, PyTorch's ways, the profiles."""
+    programs: dict[str, Any] = {}
+    asked: dict[str, dict[str, Any]] = {}
+    if args.peer:
+        peers.check()
+        peers.check_config(args.config, kinds, work.mesh.size)
+    for what in (what for what in ("train", "infer") if what in kinds):
+        peer = args.peer and [args.ways, args.threads]
+        size = work.crop if what == "train" else work.size
+        options = {"steps": args.steps, "rounds": args.rounds, "size": size, "peer": peer}
+        asked[what] = conditions(args.config, **options, profile=args.profile)
+        if figures.found((what,), asked[what]) is None:
+            programs[what] = work.step() if what == "train" else model.Labelling(work)
+            row = model.timed_step(work, programs[what], args.steps, args.rounds, what)
+            show_rates(what, figures.keep((what,), row))
+        else:
+            print(f"{what}: in {args.json} already; --again measures it again")
+            show_rates(what, figures.values[what])
+    rows = {what: figures.values[what] for what in programs}
+    if args.peer and programs:
+        with contextlib.closing(peer_of(args, work, list(programs))) as peer:
+            figures.update({"peer": {"torch": peer.version, "differences": peer.differences}})
+            for what, program in programs.items():
+                how = what, program, args.ways, args.steps, args.rounds
+                for rows[what]["peer"] in model.beside_peer(peer, *how):
+                    figures.write()
+                show_peer(what, rows[what])
+            if args.profile and rows.get("infer", {}).get("peer", {}).get("ways"):
+                rows["infer"]["peer_groups"] = peer.groups(5)
+    for what, program in programs.items():
+        if args.profile:
+            rows[what] |= model.profiled(work, program)
+            show_profile(what, rows[what])
+        figures.keep((what,), rows[what] | {"of": asked[what]})
 
 
 def measure_memory(name: str, config: Any, ceilings: Any, gib: float, figures: Figures) -> None:
@@ -238,6 +270,8 @@ def measure_evaluation(args: Any) -> dict[str, Any]:
 
 def main(_) -> None:
     args = flags.FLAGS
+    if args.threads:  # before JAX counts the cores
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])
     cli.use_deterministic_kernels(args.config)
     segmenter.enable_dtype(args.config.model)
     if args.json:
@@ -267,8 +301,8 @@ if __name__ == "__main__":
     flags.DEFINE_integer("rounds", 5, "Rounds of train and infer.", 1)
     flags.DEFINE_string("size", "", "HEIGHTxWIDTH of the image that infer labels.")
     flags.DEFINE_enum("peer", "", ["", "torch"], "Also time PyTorch, in alternating rounds.")
-    flags.DEFINE_multi_enum("ways", ["eager", "compile"], ["eager", "compile"], "Of PyTorch.")
-    flags.DEFINE_integer("threads", 0, "Of PyTorch's; 0: its own choice.", 0)
+    flags.DEFINE_multi_enum("ways", list(peers.WAYS), peers.WAYS, "Of PyTorch.")
+    flags.DEFINE_integer("threads", 0, "Cores of this process and of PyTorch's; 0: all.", 0)
     flags.DEFINE_bool("profile", False, "Also say where the time goes.")
     flags.DEFINE_float("seconds", 4.0, "Of a round with --what=input.", 0.0)
     flags.DEFINE_bool("synthetic", False, "With --what=input: draw images like the data set's.")

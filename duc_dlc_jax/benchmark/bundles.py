@@ -62,13 +62,14 @@ def apart(path: str, form: str, size: tuple[int, int], threads: int, calls: int)
 def torch_peer(workdir: str, size: tuple[int, int], threads: int) -> Any:
     """A PyTorch process with the run's network; see `peer.Peer`."""
     from duc_dlc_jax import workdirs
-    from duc_dlc_jax.benchmark.peer import Peer
+    from duc_dlc_jax.benchmark.peer import Peer, check_config
 
     run = workdirs.load(workdir)
+    check_config(run.config, ["infer"], 1)
     image = np.random.default_rng(0).integers(0, 256, (1, *size, 3), np.uint8)
     data = {"image": image[:, :64, :64], "label": np.zeros((1, 64, 64), np.uint8)}
     work = SimpleNamespace(config=run.config, variables=run.variables, model=run.model)
-    return Peer(work, data, image, ["eager"], threads)
+    return Peer(work, data, image, ["infer"], threads)
 
 
 def measure(
@@ -81,8 +82,8 @@ def measure(
             load = os.getloadavg()[0]
             if form == "torch":
                 peer = torch_peer(args.workdir, size, args.threads)
-                peer.seconds("infer", "eager", 1)
-                new = [peer.seconds("infer", "eager", 1) for _ in range(args.calls)]
+                peer.prepare("infer", "eager")
+                new = [peer.seconds(1) for _ in range(args.calls)]
                 peer.close()
             else:
                 new = apart(args.model, form, size, args.threads, args.calls)

@@ -86,5 +86,4 @@ class Figures:
     def write(self) -> None:
         """Replaces the file in one step: a command that is cut off leaves the former one."""
         if self._path:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
             storage.write_whole(self._path, json.dumps(self.values, indent=1) + "\n")

@@ -5,18 +5,22 @@ inputs, weights and outputs, each moved once at the device's copy rate. Training
 the output, the input's gradient (not where the input is the image) and the weights' gradient. The
 BN and ReLU after it move its output: in inference and forward once in, once out (the sums of a
 forward pass are free, as if taken by the convolution); backward twice in for the sums of the
-gradient, twice in and once out for the gradient. Sums of branches, resizes, the loss and the update
-count as free. g(I) counts as `DUC` computes it, at the pixels that the stride-4 convolution reads.
+gradient, twice in and once out for the gradient. Convolutions without BN have none of this, and in
+inference it could be folded away: both floors are there. Sums of branches, resizes, the loss and
+the update count as free. g(I) counts as `DUC` computes it, at the pixels that the stride-4
+convolution reads.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Collection
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import traverse_util
 
 from duc_dlc_jax import describe
 from duc_dlc_jax.benchmark.timing import seconds_per_call
@@ -24,6 +28,7 @@ from duc_dlc_jax.describe import Convolution
 from duc_dlc_jax.models.segmenter import Segmenter
 
 Ceilings = dict[str, float]  # flop_per_second, byte_per_second
+Path = tuple[str, ...]  # of a module
 
 
 def ceilings(dtype: Any) -> Ceilings:
@@ -63,9 +68,17 @@ def executed(model: Segmenter, height: int, width: int) -> list[Convolution]:
 
 
 def seconds(
-    layers: list[Convolution], batch: int, itemsize: int, ceilings: Ceilings, training: bool
+    layers: list[Convolution],
+    normalised: Collection[Path],
+    batch: int,
+    itemsize: int,
+    ceilings: Ceilings,
+    training: bool,
 ) -> dict[str, float]:
-    """Floor in seconds of each layer group (`group_of`) for `batch` images."""
+    """Floor in seconds of each layer group (`group_of`) for `batch` images.
+
+    normalised: paths of the convolutions whose BN is executed; see `with_norm`.
+    """
     found: dict[str, float] = defaultdict(float)
     for layer in layers:
         inputs, outputs = batch * layer.inputs, batch * layer.outputs
@@ -79,9 +92,18 @@ def seconds(
             "conv1",
         )
         passes = (2 if of_image else 3) if training else 1
-        normalised = (7 if training else 2) * outputs * itemsize / ceilings["byte_per_second"]
-        found[group_of(layer.path)] += passes * least + normalised
+        found[group_of(layer.path)] += passes * least
+        if layer.path in normalised:
+            moved = (7 if training else 2) * outputs * itemsize
+            found[group_of(layer.path)] += moved / ceilings["byte_per_second"]
     return dict(found)
+
+
+def with_norm(layers: list[Convolution], batch_stats: Any) -> set[Path]:
+    """Paths of the convolutions that a BN follows: `reduce_conv` where there is `reduce_bn`."""
+    norms = {path[:-1] for path in traverse_util.flatten_dict(batch_stats)}
+    paths = (layer.path for layer in layers)
+    return {path for path in paths if (*path[:-1], path[-1].replace("conv", "bn")) in norms}
 
 
 def group_of(path: tuple[str, ...]) -> str:

@@ -6,7 +6,7 @@ import contextlib
 import resource
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from duc_dlc_jax import optimizer as optimizers
 from duc_dlc_jax.benchmark import floor, profile
 from duc_dlc_jax.benchmark.peer import Peer
 from duc_dlc_jax.benchmark.timing import WARM_UP, median_seconds
+from duc_dlc_jax.config import ConfigError
 from duc_dlc_jax.data.labels import IGNORE
 from duc_dlc_jax.data.records import find_spec, open_records
 from duc_dlc_jax.inference import Labeller
@@ -30,7 +31,7 @@ Size = tuple[int, int]
 
 
 class Work:
-    """What a benchmark of `config` needs once: network, variables, floor, and the peer if asked.
+    """What a benchmark of `config` needs once: network, variables, ceilings of the device.
 
     Raises ConfigError where the batch does not divide over the devices.
     """
@@ -61,7 +62,7 @@ class Work:
         """Images/s, FLOP/s and share of the floor of rounds that took `seconds` per call.
 
         FLOPs are 2 per multiply-add of the convolutions (`describe.macs`), 3 times that in
-        training.
+        training. Inference has the floor with BN folded into the convolutions as well.
         """
         training, median = what == "train", statistics.median(seconds)
         images = self.config.train.batch_size if training else 1
@@ -70,7 +71,10 @@ class Work:
         layers = floor.executed(self.model, *size)
         itemsize = np.dtype(self.model.dtype).itemsize
         devices = self.mesh.size if training else 1
-        least = floor.seconds(layers, images // devices, itemsize, self.ceilings, training)
+        how = images // devices, itemsize, self.ceilings, training
+        norms = floor.with_norm(layers, self.variables["batch_stats"])
+        least = floor.seconds(layers, norms, *how)
+        folded = sum(floor.seconds(layers, (), *how).values())
         return {
             "batch_size": images,
             "image": list(size),
@@ -81,7 +85,7 @@ class Work:
             "floor_seconds": sum(least.values()),
             "floor_share": sum(least.values()) / median,
             "floor_by_group": least,
-        }
+        } | ({} if training else {"folded_floor_seconds": folded})
 
     def conditions(self) -> dict[str, Any]:
         return {
@@ -132,101 +136,93 @@ class Step:
         return metrics
 
 
-def train(
-    work: Work, steps: int, rounds: int, peer: Peer | None = None, trace: bool = False
-) -> dict[str, Any]:
-    """The training step on all devices: `rounds` of `steps` steps, alternating with the peer's.
+class Labelling:
+    """One image to train ids on one device, whole, as `predict` and `evaluate` do it.
 
-    trace: also where the time goes, by layer group, forward and backward, from a profile.
+    The image and the ids of a call are the host's.
     """
-    step = work.step()
-    result = timed_step(work, step, steps, rounds, peer)
-    return result | (_profiled(step, step.compiled, work) if trace else {})
+
+    def __init__(self, work: Work):
+        mesh = sharding.make_mesh(devices=jax.local_devices()[:1])
+        grid, stride = work.model.resize_grid, work.model.logit_stride
+        protocol = protocols.Protocol(grid=grid, logit_stride=stride)
+        self._labeller = Labeller(work.model, protocol, mesh)
+        variables = jax.device_put(work.variables, sharding.replicated(mesh))
+        images = np.random.default_rng(0).integers(0, 256, (1, *work.size, 3), np.uint8)
+        labels = np.full((1, *work.size), IGNORE, np.uint8)
+        self._arguments = variables, images, labels, [work.size]
+        start = time.perf_counter()
+        self.compiled = self._labeller.compiled(*self._arguments)
+        self.compile_seconds = time.perf_counter() - start
+        self.peak_bytes = sharding.bytes_per_device(self.compiled)
+
+    def __call__(self) -> np.ndarray:
+        return np.asarray(self._labeller(*self._arguments)[1])
 
 
-def _profiled(call: Callable[[], Any], compiled: Any, work: Work) -> dict[str, Any]:
-    times = profile.trace(call, 3)
-    names = profile.instructions(compiled.as_text())
+def timed_step(
+    work: Work, step: Step | Labelling, steps: int, rounds: int, what: str = "train"
+) -> dict[str, Any]:
+    """Rates, memory and seconds of compilation of a program, over `rounds` of `steps` calls."""
+    _round(step, 1)
+    _round(step, steps)
+    seconds = [_round(step, steps) for _ in range(rounds)]
+    return work.rates(what, seconds) | {
+        "peak_bytes_per_device": step.peak_bytes,
+        "compile_seconds": step.compile_seconds,
+    }
+
+
+def _round(call: Callable[[], Any], steps: int) -> float:
+    """Seconds per call of `steps`, the last of which is waited for."""
+    start = time.perf_counter()
+    for _ in range(steps):
+        result = call()
+    jax.block_until_ready(result)
+    return (time.perf_counter() - start) / steps
+
+
+def profiled(work: Work, step: Step | Labelling) -> dict[str, Any]:
+    """Where the time of a call goes, by layer group, forward and backward, from a profile."""
+    times = profile.trace(step, 3)
+    names = profile.instructions(step.compiled.as_text())
     return {
         "profile": profile.by_group(times, names, work.variables["params"]),
         "slowest": profile.slowest(times, names, 40),
     }
 
 
-def timed_step(
-    work: Work, step: Step, steps: int, rounds: int, peer: Peer | None = None
-) -> dict[str, Any]:
-    """Rates, memory and seconds of compilation of a compiled step."""
-    seconds, theirs = _rounds(step, steps, rounds, peer, "train")
-    result = work.rates("train", seconds) | theirs
-    return result | {
-        "peak_bytes_per_device": step.peak_bytes,
-        "compile_seconds": step.compile_seconds,
-    }
+def beside_peer(
+    peer: Peer, what: str, step: Step | Labelling, ways: Sequence[str], steps: int, rounds: int
+) -> Iterator[dict[str, Any]]:
+    """PyTorch's ways one after the other, each in rounds that alternate with ours.
 
-
-def infer(
-    work: Work, steps: int, rounds: int, peer: Peer | None = None, trace: bool = False
-) -> dict[str, Any]:
-    """One image to train ids on one device, as `predict` and `evaluate` do it, whole.
-
-    trace: also where the time goes, by layer group, and where the peer's does.
+    Yields after each way what is known so far: of each its rounds and ours, their ratios pair by
+    pair, the form of g(I) and PyTorch's most bytes; why others failed; the fastest and its ratio.
     """
-    mesh = sharding.make_mesh(devices=jax.local_devices()[:1])
-    protocol = protocols.Protocol(grid=work.model.resize_grid, logit_stride=work.model.logit_stride)
-    labeller = Labeller(work.model, protocol, mesh)
-    variables = jax.device_put(work.variables, sharding.replicated(mesh))
-    images = np.random.default_rng(0).integers(0, 256, (1, *work.size, 3), np.uint8)
-    labels = np.full((1, *work.size), IGNORE, np.uint8)
-
-    arguments = variables, images, labels, [work.size]
-
-    def label() -> Any:
-        return labeller(*arguments)[1]
-
-    seconds, theirs = _rounds(label, steps, rounds, peer, "infer")
-    result = work.rates("infer", seconds) | theirs
-    if trace:
-        result |= _profiled(label, labeller.compiled(*arguments), work)
-        result |= {"peer_groups": peer.groups(5)} if peer else {}
-    return result
-
-
-def _rounds(
-    call: Callable[[], Any], steps: int, rounds: int, peer: Peer | None, what: str
-) -> tuple[list[float], dict[str, Any]]:
-    """Seconds per call of each round; and the peer's, with the ratio of each pair of rounds."""
-
-    def timed() -> float:
-        start = time.perf_counter()
-        for _ in range(steps):
-            result = call()
-        jax.block_until_ready(result)
-        return (time.perf_counter() - start) / steps
-
-    timed()  # compiles
-    ways = peer.ways(what) if peer else []  # waits for their compilation
-    timed()
-    ours: list[float] = []
-    theirs: dict[str, list[float]] = {way: [] for way in ways}
-    for _ in range(rounds):
-        ours.append(timed())
-        for way in ways:
-            theirs[way].append(peer.seconds(what, way, steps))  # pyright: ignore
-    if peer is None:
-        return ours, {}
-    fastest = min(theirs, key=lambda way: statistics.median(theirs[way])) if theirs else None
-    pairs = [t / o for t, o in zip(theirs[fastest], ours, strict=True)] if fastest else []
-    return ours, {
-        "peer": {
-            "rounds": theirs,
-            "fastest": fastest,
-            "failed": peer.failed,
-            "ratios": pairs,
-            "ratio": statistics.median(pairs) if pairs else None,
-            "peak_bytes": peer.peak_bytes,
-        }
-    }
+    found: dict[str, dict[str, Any]] = {}
+    failed: dict[str, str] = {}
+    result: dict[str, Any] = {"ways": found, "failed": failed, "fastest": None, "ratio": None}
+    for way in ways:
+        try:
+            guidance = peer.prepare(what, way)
+            pairs = [(_round(step, steps), peer.seconds(steps)) for _ in range(rounds)]
+        except ConfigError as error:
+            failed[way] = str(error)
+        else:
+            ours, theirs = (list(seconds) for seconds in zip(*pairs, strict=True))
+            found[way] = {
+                "seconds": statistics.median(theirs),
+                "rounds": theirs,
+                "ours": ours,
+                "ratios": [t / o for o, t in pairs],
+                "guidance": guidance,
+                "peak_bytes": peer.peak_bytes,
+            }
+            fastest = min(found, key=lambda way: found[way]["seconds"])
+            ratio = statistics.median(found[fastest]["ratios"])
+            result |= {"fastest": fastest, "ratio": ratio}
+        yield result
 
 
 def evaluation(config: ml_collections.ConfigDict, size: tuple[int, int], steps: int = 1) -> dict:
