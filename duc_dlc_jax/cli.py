@@ -66,6 +66,7 @@ def run(main: Callable) -> None:
             if distributed.several():
                 if code == UNKNOWN:
                     traceback.print_exc()
+                    message = " ".join([message, *_lost()])
                 code, message = distributed.end_all(code, message)
                 _leave(message, code)
             if code == UNKNOWN:
@@ -92,6 +93,11 @@ def _end_of(error: BaseException) -> tuple[int, str]:
     if any(text in str(error) for text in _FULL):  # Python's, TensorFlow's and TensorStore's
         return DISK_FULL, f"{error}; make room, and the same command goes on"
     return UNKNOWN, f"{type(error).__name__}: {error}"
+
+
+def _lost() -> list[str]:
+    """Which processes are gone: the reason, perhaps, for an error of this one."""
+    return [f"Process {index} of the run is silent." for index in distributed.silent()]
 
 
 def _leave(message: str, code: int) -> NoReturn:

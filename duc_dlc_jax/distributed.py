@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import itertools
 import json
 import os
 import re
@@ -24,7 +25,8 @@ from duc_dlc_jax.errors import MissingProcesses
 flags.disclaim_key_flags()  # --help shows those that are defined here as the command's
 
 ENDED = "duc_dlc_jax/ended"  # with JAX's coordination service: [process, exit code, message]
-LOOK_EVERY = 2.0  # seconds between two looks for it
+ALIVE = "duc_dlc_jax/alive"  # below it each process counts, to show that it is there
+LOOK_EVERY = 2.0  # seconds between two looks for the first, and two counts
 MEET_WITHIN = 24 * 3600  # seconds; a process that is lost meanwhile ends the others earlier
 
 # What an indexed job of Kubernetes and launch/kubernetes.yaml set.
@@ -94,9 +96,27 @@ def end_all(code: int, message: str) -> tuple[int, str]:
     return code, message
 
 
+def silent() -> list[int]:
+    """The other processes that do not count any more; takes three times `LOOK_EVERY`."""
+    before = _counts()
+    time.sleep(3 * LOOK_EVERY)
+    after, own = _counts(), str(jax.process_index())
+    return sorted(int(i) for i in after if after[i] == before.get(i) and i != own)
+
+
+def _counts() -> dict[str, str]:
+    with contextlib.suppress(Exception):  # the service is gone
+        found = _service().key_value_dir_get(ALIVE)
+        return {key.rpartition("/")[2]: count for key, count in found}
+    return {}
+
+
 def _watch() -> None:
-    """Ends this process when another one has said that it ends."""
-    while True:
+    """Shows that this process is there; ends it when another one has said that it ends."""
+    name = f"{ALIVE}/{jax.process_index()}"
+    for count in itertools.count():
+        with contextlib.suppress(Exception):  # the service is gone
+            _service().key_value_set(name, str(count), allow_overwrite=True)
         time.sleep(LOOK_EVERY)
         if (found := _ended()) and found[0] != jax.process_index():
             with contextlib.suppress(OSError):

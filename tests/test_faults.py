@@ -210,16 +210,22 @@ def test_sigterm_to_one_process_of_two_stops_both_at_the_same_step(
     assert f"stopped by SIGTERM; step {step}" in ends.pop()
 
 
-def test_a_killed_process_of_two_ends_the_other_which_names_it(scenes_dir, tmp_path):
-    timeout = 20
+LOST = {  # whom the other one names
+    0: r"coordination service|leader task",
+    1: r"Process 1 of the run is silent|Task 1 heartbeat|\(stopped sending heartbeats\):\s+1\b",
+}
+
+
+@pytest.mark.parametrize("which", LOST)
+def test_a_killed_process_of_two_ends_the_other_which_names_it(scenes_dir, tmp_path, which):
+    timeout, other = 20, 1 - which
     processes = start_two(scenes_dir, tmp_path, f"--heartbeat_timeout={timeout}", **ENDLESS)
     wait_for(lambda: "step 10/" in log(tmp_path / "0"), processes[0])
-    processes[1].send_signal(signal.SIGKILL)
+    processes[which].send_signal(signal.SIGKILL)
     begin = time.monotonic()
-    assert processes[0].wait(timeout=timeout + 60) not in (0, 75)
+    assert processes[other].wait(timeout=timeout + 60) not in (0, 75)
     print(f"the other ended after {time.monotonic() - begin:.0f} s, heartbeat {timeout} s")
-    named = r"Task 1 heartbeat timeout|\(stopped sending heartbeats\):\s+1\b"
-    assert re.search(named, log(tmp_path / "0"))
+    assert re.search(LOST[which], log(tmp_path / str(other)))
 
 
 RAISING = """

@@ -117,6 +117,7 @@ def test_a_missing_tensor_is_refused_by_name(tmp_path, name):
 def test_wrong_files(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"config\.init\.weights=.*no such file"):
         load(tmp_path / "none.npz", model_config())
+    (tmp_path / "weights.h5").touch()
     with pytest.raises(ValueError, match=r"takes \.npz, \.safetensors, \.pth"):
         load(tmp_path / "weights.h5", model_config())
     for suffix in (".npz", ".safetensors"):
