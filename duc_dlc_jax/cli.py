@@ -65,7 +65,8 @@ def run(main: Callable) -> None:
             code, message = _end_of(error)
             if distributed.several():
                 if code == UNKNOWN:
-                    traceback.print_exc()
+                    with contextlib.suppress(OSError):
+                        traceback.print_exc()
                     message = " ".join([message, *_lost()])
                 code, message = distributed.end_all(code, message)
                 _leave(message, code)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import tempfile
 import time
@@ -17,6 +18,8 @@ from etils import epath
 
 from duc_dlc_jax import storage
 from duc_dlc_jax.errors import NotFinite
+
+EVENTS_BYTES = 2**22
 
 
 class Writer:
@@ -77,7 +80,8 @@ class Writer:
 class _Events:
     """TensorBoard's events in the workdir; of an object store in a folder here, and uploaded.
 
-    TensorFlow, which writes them, knows no `s3://`. Raises ImportError without it.
+    TensorFlow, which writes them, knows no `s3://`. An object is replaced as a whole, so a file
+    beyond `EVENTS_BYTES` is followed by another one. Raises ImportError without TensorFlow.
     """
 
     def __init__(self, workdir: epath.Path):
@@ -86,24 +90,34 @@ class _Events:
         self._workdir, self._folder, self._uploaded = workdir, None, {}
         if storage.is_remote(workdir):
             self._folder = tempfile.TemporaryDirectory(prefix="duc_dlc_jax-events-")
-        self.writer = metric_writers.SummaryWriter(
-            self._folder.name if self._folder else str(workdir)
-        )
+        folder = self._folder.name if self._folder else str(workdir)
+        self._begin = functools.partial(metric_writers.SummaryWriter, folder)
+        self.writer = self._begin()
 
     def flush(self) -> None:
         self.writer.flush()
+        if self._folder and self._upload():
+            self.writer.close()
+            self._upload()
+            self.writer = self._begin()
+
+    def _upload(self) -> bool:
+        """Uploads what has grown; returns whether something that has is large."""
+        large = False
         for path in epath.Path(self._folder.name).iterdir() if self._folder else ():
             size = path.stat().length
             if self._uploaded.get(path.name) != size:
                 try:
                     (self._workdir / path.name).write_bytes(path.read_bytes())
                     self._uploaded[path.name] = size
+                    large |= size > EVENTS_BYTES
                 except storage.errors() as error:
                     logging.warning("TensorBoard's events cannot be uploaded: %s", error)
+        return large
 
     def close(self) -> None:
-        self.flush()
         self.writer.close()
+        self._upload()
         if self._folder:
             self._folder.cleanup()
 

@@ -15,6 +15,11 @@ def last_scores(workdir):
     return json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-1])
 
 
+def losses(workdir):
+    lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+    return [line["train/loss"] for line in lines if "train/loss" in line]
+
+
 def largest_difference(first, second):
     """Of any array of the two states, relative to the largest value of that array."""
     assert first.keys() == second.keys()
@@ -41,8 +46,10 @@ def test_two_processes_equal_one(scenes_dir, tmp_path, dtype, tolerance, mode, s
     assert ", 4 cpu device(s)" in result.stderr
     run_two(scenes_dir, two, mesh__space=space, **changes)
     difference = largest_difference(saved_state(one, 2), saved_state(two, 2))
-    print(f"{dtype}: largest relative difference {difference:.2e}")
+    print(f"{dtype}: largest relative difference {difference:.2e}; losses {losses(two)}")
     assert difference <= tolerance
+    assert losses(two) == pytest.approx(losses(one), rel=1e-5)
+    assert len(losses(two)) > 0
     first, second = last_scores(one), last_scores(two)
     assert first["val/mIoU"] == pytest.approx(second["val/mIoU"], abs=1e-4)
     assert first["val/PA"] == pytest.approx(second["val/PA"], abs=1e-4)

@@ -4,12 +4,13 @@ import collections
 import importlib.util
 import json
 
+import numpy as np
 import pytest
 from absl import flags
 from etils import epath
 from orbax.checkpoint._src.serialization import tensorstore_utils
 
-from duc_dlc_jax import evaluate, fit, predict, s3_arrays, storage, submit
+from duc_dlc_jax import evaluate, fit, predict, s3_arrays, storage, submit, writers
 from duc_dlc_jax.config import ConfigError
 from duc_dlc_jax.data import staging
 from duc_dlc_jax.data.labels import DataError
@@ -184,3 +185,29 @@ def test_manifests(tmp_path):
 )
 def test_only_the_files_of_a_split_are_needed(file, needed):
     assert bool(staging._pattern("my-set", ["val"]).fullmatch(file)) == needed
+
+
+def test_events_of_a_long_run_are_not_uploaded_over_and_over(tmp_path, monkeypatch):
+    """An object store replaces whole files: of one file eight flushes would send 4.5 times it."""
+    tf = pytest.importorskip("tensorflow", reason="TensorBoard's events need TensorFlow")
+    sent = collections.Counter()
+
+    class Counted(type(epath.Path(tmp_path))):
+        def write_bytes(self, data):
+            sent[self.name] += len(data)
+            return super().write_bytes(data)
+
+    monkeypatch.setattr(writers.storage, "is_remote", lambda path: True)
+    monkeypatch.setattr(writers, "EVENTS_BYTES", 100_000)
+    events = writers._Events(Counted(tmp_path))
+    for step in range(8):
+        image = np.random.default_rng(step).integers(0, 256, (1, 128, 128, 3), np.uint8)
+        events.writer.write_images(step, {"noise": image})
+        events.flush()
+    events.close()
+    files = sorted(tmp_path.iterdir())
+    assert len(files) == 3
+    stored = sum(file.stat().st_size for file in files)
+    assert stored <= sum(sent.values()) < 2.5 * stored
+    found = [e.step for f in files for e in tf.compat.v1.train.summary_iterator(str(f)) if e.step]
+    assert sorted(set(found)) == list(range(1, 8))
