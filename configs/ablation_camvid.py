@@ -94,6 +94,8 @@ def get_comparisons():
             ("duc_dlc", "duc_dlc_stride", "resize grid by strides, not corners"),
             ("duc_dlc", "duc_dlc_kernel5", "a guidance of 5x5, not 3x3"),
             ("duc_dlc", "duc_dlc_half", "a guidance at half the resolution"),
+            ("duc_dlc", "duc_dlc_coefficients", "a and b upsampled, not I~"),
+            ("duc_dlc", "duc_dlc_output", "O upsampled, not I~"),
             ("duc_dlc", "duc_dlc_narrow", "a guidance 16 wide, not 64"),
             ("duc_dlc", "duc_dlc_os16", "a backbone at 1/16, not 1/32"),
         ],

@@ -1,6 +1,7 @@
 """Shared fixtures."""
 
 import pathlib
+import signal
 from types import SimpleNamespace
 
 import pytest
@@ -17,6 +18,13 @@ def scenes_dir(tmp_path_factory) -> pathlib.Path:
     folder = tmp_path_factory.mktemp("data")
     prepare("scenes", None, folder)
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interruptible():
+    """What a shell starts in its background ignores SIGINT, and hands that on to its children."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)

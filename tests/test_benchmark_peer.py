@@ -95,10 +95,11 @@ DEATHS = {
 def test_ours_are_written_before_a_peer_that_dies(work, tmp_path, monkeypatch, when):
     text, error = DEATHS[when]
     script(tmp_path, monkeypatch, text)
-    monkeypatch.setattr(model, "Work", lambda config, size: work)
+    monkeypatch.setattr(model, "Work", lambda config, size, ceilings: work)
     args = SimpleNamespace(
         config=work.config, size="", steps=1, rounds=2, peer="torch", profile=False, threads=0,
-        ways=["eager", "eager-nchw", "compile"], json=str(tmp_path / "figures.json"),
+        ways=["eager", "eager-nchw", "compile"], json=str(tmp_path / "figures.json"), again=False,
+        networks=[], xla_options=[],
     )  # fmt: skip
     with pytest.raises(ConfigError, match=error) if error else contextlib.nullcontext():
         benchmark.rates(args, ["infer"], Figures(args.json))

@@ -7,6 +7,7 @@ import itertools
 import logging
 import sys
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -78,12 +79,13 @@ def arrays(workdir, step):
 
 def resumes(workdir, step):
     """`main` goes on from the workdir at this step, without a change of the configuration."""
-    config, _, model = workdirs.described(workdir)
+    config, spec, model = workdirs.described(workdir)
+    records: Any = SimpleNamespace(spec=spec)
     assert workdirs.changed_fields(workdir, config) == {}
     rule = optimizer.create(config.optimizer, 10)
     with Checkpoints(workdir) as saved:
         mesh = train.sharding.make_mesh()
-        state, position = train._first_state(config, workdir, model, rule, saved, mesh, None)
+        state, position = train._first_state(config, workdir, model, rule, saved, mesh, records)
     assert (int(state.step), position) == (step, 4 * step)
 
 
