@@ -74,8 +74,7 @@ def run(main: Callable) -> None:
                 raise
             if code == DISK_FULL:
                 _leave(message, code)
-            _say(f"error: {message}")
-            sys.exit(code)
+            fail(message, code)
 
     logging.set_verbosity(logging.INFO)
     logging.use_python_logging(quiet=True)
@@ -124,7 +123,7 @@ def parsed_size(flag: str, text: str) -> tuple[int, int]:
     return int(height), int(width)
 
 
-def fail(error: Exception, code: int = 2) -> NoReturn:
+def fail(error: Exception | str, code: int = 2) -> NoReturn:
     _say(str(error) if code == STOPPED else f"error: {error}")
     sys.exit(code)
 

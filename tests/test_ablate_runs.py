@@ -75,6 +75,20 @@ def test_a_run_is_the_training_run_of_its_configuration(trained):
     assert np.any(matrices[0] != matrices[1])
 
 
+def cut_off_at_the_fourth_step(trainer, monkeypatch) -> list[int]:
+    """A KeyboardInterrupt in its place, once; returns a list that grows with each step."""
+    steps, step = [], trainer._step
+
+    def stopping(*arguments):
+        steps.append(1)
+        if len(steps) == 4:
+            raise KeyboardInterrupt
+        return step(*arguments)
+
+    monkeypatch.setattr(trainer, "_step", stopping)
+    return steps
+
+
 def test_a_run_says_which_weights_it_read_and_keeps_that_when_it_goes_on(
     trained, tmp_path, monkeypatch
 ):
@@ -87,16 +101,8 @@ def test_a_run_says_which_weights_it_read_and_keeps_that_when_it_goes_on(
         "load_backbone",
         lambda path, source, params, stats, model: (params, stats, None),
     )
-    trainer, files, steps = trained.trainer, Files(unfinished=tmp_path / "unfinished"), []
-    step = trainer._step
-
-    def stopping(*arguments):
-        steps.append(1)
-        if len(steps) == 4:
-            raise KeyboardInterrupt
-        return step(*arguments)
-
-    monkeypatch.setattr(trainer, "_step", stopping)
+    trainer, files = trained.trainer, Files(unfinished=tmp_path / "unfinished")
+    cut_off_at_the_fourth_step(trainer, monkeypatch)
     (tmp_path / "weights.npz").write_bytes(b"one")
     with pytest.raises(KeyboardInterrupt):
         trainer.run(config, files)
@@ -143,16 +149,8 @@ def test_a_run_that_was_cut_off_goes_on_with_the_same_bits(trained, tmp_path, mo
     """Saved after 3 of 4 steps, between two points of the curve."""
     config = trained.config.copy_and_resolve_references()
     config.train.checkpoint_every = 1
-    trainer, files, steps = trained.trainer, Files(unfinished=tmp_path), []
-    step = trainer._step
-
-    def stopping(*arguments):
-        steps.append(1)
-        if len(steps) == 4:
-            raise KeyboardInterrupt
-        return step(*arguments)
-
-    monkeypatch.setattr(trainer, "_step", stopping)
+    trainer, files = trained.trainer, Files(unfinished=tmp_path)
+    steps = cut_off_at_the_fourth_step(trainer, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         trainer.run(config, files)
     result = trainer.run(config, files)

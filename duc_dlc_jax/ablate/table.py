@@ -116,17 +116,14 @@ class Table:
 def device(result: Result) -> str:
     """What a run was computed on, as far as its file says."""
     hardware = result["hardware"]
-    if hardware.get("platform") != "cpu" or "cpu" not in hardware:
-        return hardware["device"]
-    return f"{hardware['cpu']}, {_cores(hardware)}"
+    own = _processor(hardware) if hardware.get("platform") == "cpu" else ""
+    return own or hardware["device"]
 
 
 def host(result: Result) -> str:
     """The processor beside an accelerator; empty where the run's file does not say."""
     hardware = result["hardware"]
-    if hardware.get("platform") == "cpu" or "cpu" not in hardware:
-        return ""
-    return f"{hardware['cpu']}, {_cores(hardware)}"
+    return "" if hardware.get("platform") == "cpu" else _processor(hardware)
 
 
 def code(result: Result) -> str:
@@ -138,8 +135,10 @@ def code(result: Result) -> str:
     return f"version {found['version']}, commit {found['commit'][:8]}{dirty}"
 
 
-def _cores(hardware: dict[str, Any]) -> str:
-    return f"{hardware['usable_cores']} of {hardware['cores']} cores"
+def _processor(hardware: dict[str, Any]) -> str:
+    if "cpu" not in hardware:
+        return ""
+    return f"{hardware['cpu']}, {hardware['usable_cores']} of {hardware['cores']} cores"
 
 
 def _kind(result: Result) -> str:
