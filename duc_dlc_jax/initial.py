@@ -11,7 +11,7 @@ from absl import logging
 from duc_dlc_jax import grafting
 from duc_dlc_jax.data.labels import IGNORE
 from duc_dlc_jax.data.records import Records
-from duc_dlc_jax.models import pretrained, weights
+from duc_dlc_jax.models import pretrained, tensor_files, weights
 from duc_dlc_jax.models.alternatives.dupsampling import label_components
 from duc_dlc_jax.models.segmenter import Segmenter
 from duc_dlc_jax.train_step import init_variables
@@ -20,11 +20,10 @@ IMAGES = 100  # that label blocks come from, at most
 
 
 def check(init: ml_collections.ConfigDict) -> None:
-    """Raises ConfigError or FileNotFoundError where the file of `init.weights` cannot be had."""
+    """Raises ConfigError or FileNotFoundError where `init.weights` names no file that is read."""
     if init.weights:
         path, _ = weights.find(init.weights, init.source)
-        if not path.is_file():
-            raise FileNotFoundError(f"config.init.weights={path}: no such file.")
+        tensor_files.check(path)
 
 
 def variables(

@@ -15,7 +15,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import flax
 import jax
 import ml_collections
 import numpy as np
@@ -25,6 +24,7 @@ from etils import epath
 from duc_dlc_jax import (
     describe,
     evaluate,
+    grafting,
     initial,
     pictures,
     protocols,
@@ -302,7 +302,6 @@ def hardware() -> dict[str, Any]:
 
 def _save(path: Path, variables: Any) -> None:
     """params and batch_stats as an .npz, by names like params/dlc/reduce_conv/kernel."""
-    flat = flax.traverse_util.flatten_dict(jax.device_get(variables), sep="/")
-    named: Any = {name: np.asarray(value) for name, value in flat.items()}
+    arrays: Any = grafting.flat(variables)
     with storage.whole_file(path) as partial, partial.open("wb") as file:
-        np.savez(file, **named)
+        np.savez(file, **arrays)

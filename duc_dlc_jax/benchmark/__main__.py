@@ -110,8 +110,8 @@ def rates(args: Any, kinds: list[str], figures: Figures) -> None:
         ("ceilings",), conditions(None, dtype=dtype), lambda: floor.ceilings(dtype)
     )
     work = model.Work(args.config, size, ceilings)
-    figures.update(work.conditions())
-    print("{devices} x {device}, {dtype}, {classes} classes, JAX {jax}".format(**work.conditions()))
+    figures.update(work.setting())
+    print("{devices} x {device}, {dtype}, {classes} classes, JAX {jax}".format(**work.setting()))
     if {"train", "infer"} & set(kinds):
         beside_peer(args, kinds, work, figures)
     if "networks" in kinds:
@@ -189,7 +189,7 @@ def show_fed(name: str, result: dict[str, Any]) -> None:
 
 def measure_input(args: Any) -> dict[str, Any]:
     """Runs and prints `input`."""
-    conditions = inputs.conditions()
+    machine = inputs.machine()
     with tempfile.TemporaryDirectory() as folder:
         if args.formats:
             stored = formats.compare(args.config, args.steps, args.seconds)
@@ -201,7 +201,7 @@ def measure_input(args: Any) -> dict[str, Any]:
                 args.config.data.dir, args.config.data.train_split = folder, "train"
             result = inputs.compare(args.config, args.steps, args.seconds)
             inputs.show(result)
-    return result | conditions
+    return result | machine
 
 
 def measure_layers(args: Any, figures: Figures) -> None:
@@ -234,7 +234,7 @@ def measure_fed(args: Any, figures: Figures) -> None:
     name = "on_device" if data.on_device else name
     of = conditions(args.config, steps=args.steps)
     call = functools.partial(model.fed, args.config, args.steps)
-    show_fed(name, figures.once(("fed", name), of, lambda: call() | inputs.conditions()))
+    show_fed(name, figures.once(("fed", name), of, lambda: call() | inputs.machine()))
 
 
 def measure_growth(args: Any) -> dict[str, Any]:

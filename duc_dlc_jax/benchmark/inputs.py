@@ -220,7 +220,7 @@ def write_files(records: Records, folder: pathlib.Path) -> list[tuple[str, str]]
     return written
 
 
-def conditions() -> dict[str, Any]:
+def machine() -> dict[str, Any]:
     """What figures hold for: processor, cores, load over the last minute, versions."""
     versions = {"python": platform.python_version()}
     for name in ("numpy", "opencv-python-headless", "pillow", "grain", "array-record", "torch"):

@@ -87,7 +87,7 @@ class Work:
             "floor_by_group": least,
         } | ({} if training else {"folded_floor_seconds": folded})
 
-    def conditions(self) -> dict[str, Any]:
+    def setting(self) -> dict[str, Any]:
         return {
             "device": self.mesh.devices.flat[0].device_kind,
             "devices": self.mesh.size,

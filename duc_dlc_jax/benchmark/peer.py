@@ -21,10 +21,10 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import optax
-from flax import traverse_util
 
 from duc_dlc_jax import config as config_lib
 from duc_dlc_jax.config import ConfigError
+from duc_dlc_jax.grafting import flat
 from duc_dlc_jax.train_step import create_state, make_train_step
 
 SCRIPT = pathlib.Path(__file__).parents[2] / "tests" / "torch_peer.py"
@@ -109,7 +109,7 @@ class Peer:
         (root / "config.json").write_text(config_lib.to_json(work.config))
         (root / "settings.json").write_text(json.dumps({"threads": threads}))
         variables = _moved(work.variables)
-        np.savez(root / "variables.npz", **_flat(variables))
+        np.savez(root / "variables.npz", **flat(variables))
         np.savez(root / "batch.npz", image=data["image"], label=data["label"], infer=image)
         np.savez(root / "expected.npz", **_expected(work, variables, data, "train" in kinds))
         self._log = open(root / "log", "w+")  # noqa: SIM115
@@ -181,11 +181,6 @@ class Peer:
         self._folder.cleanup()
 
 
-def _flat(tree: Any) -> Any:
-    """Arrays by names like params/dlc/reduce_conv/kernel."""
-    return traverse_util.flatten_dict(jax.device_get(tree), sep="/")
-
-
 def _moved(variables: Any) -> Any:
     """The variables with noise in scales, biases and statistics, so that each of them matters."""
     rng = np.random.default_rng(0)
@@ -218,4 +213,4 @@ def _computed(work: Any, variables: Any, data: dict[str, np.ndarray], training: 
     model = work.model.clone(dropout=0.0, dtype=jnp.dtype("float32"))
     state = create_state(model, keep, work.config, variables)
     state, found = jax.jit(make_train_step(model, keep, work.config))(state, batch)
-    return expected | {"loss": np.asarray(found["loss"])} | _flat({"gradient": state.opt_state})
+    return expected | {"loss": np.asarray(found["loss"])} | flat({"gradient": state.opt_state})

@@ -21,18 +21,22 @@ import safetensors.numpy
 from duc_dlc_jax.config import ConfigError
 
 
+def check(path: Path) -> None:
+    """Raises FileNotFoundError or ConfigError where there is no file of a type that is read."""
+    if not path.is_file():
+        raise FileNotFoundError(f"config.init.weights={path}: no such file.")
+    if path.suffix not in _READERS:
+        raise ConfigError(
+            f"{path}: weights of type {path.suffix or '(no suffix)'} are not read; "
+            f"config.init.weights takes {', '.join(_READERS)}."
+        )
+
+
 def read_tensors(path: str | Path) -> dict[str, np.ndarray]:
     """Every tensor of a .npz, .safetensors or zip-format .pth file; none of its code runs."""
     path = Path(path)
-    readers = {".npz": _read_npz, ".safetensors": _read_safetensors, ".pth": _read_pth}
-    if not path.is_file():
-        raise FileNotFoundError(f"config.init.weights={path}: no such file.")
-    if path.suffix not in readers:
-        raise ConfigError(
-            f"{path}: weights of type {path.suffix or '(no suffix)'} are not read; "
-            f"config.init.weights takes {', '.join(readers)}."
-        )
-    return readers[path.suffix](path)
+    check(path)
+    return _READERS[path.suffix](path)
 
 
 def _read_npz(path: Path) -> dict[str, np.ndarray]:
@@ -205,3 +209,6 @@ def _rebuild(storage, offset, size, stride, *_) -> np.ndarray:
         raise pickle.UnpicklingError(f"tensor of size {size} exceeds its storage of {storage.size}")
     strides = tuple(s * storage.itemsize for s in stride)
     return np.lib.stride_tricks.as_strided(storage[offset:], tuple(size), strides, writeable=False)
+
+
+_READERS = {".npz": _read_npz, ".safetensors": _read_safetensors, ".pth": _read_pth}
