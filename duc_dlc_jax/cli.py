@@ -19,7 +19,7 @@ from etils import epath
 from ml_collections import config_flags
 
 from duc_dlc_jax import config as config_lib
-from duc_dlc_jax import distributed, storage
+from duc_dlc_jax import distributed, protocols, storage
 from duc_dlc_jax.data.labels import DataError
 from duc_dlc_jax.errors import (
     CheckpointError,
@@ -197,6 +197,16 @@ def define_names(name: str, allowed: Sequence[str], help_text: str) -> None:
 
     flags.DEFINE_list(name, [], f"{help_text} One or several of {', '.join(allowed)}.")
     flags.register_validator(name, check)
+
+
+def define_protocol(several: bool = False) -> None:
+    """The flags --protocol (of `several`: a list) and --set, for `protocols.select`."""
+    default = "Default: the configuration's config.eval."
+    if several:
+        define_names("protocol", tuple(protocols.PRESETS), default)
+    else:
+        flags.DEFINE_enum("protocol", "", ["", *protocols.PRESETS], default)
+    flags.DEFINE_multi_string("set", [], "FIELD=VALUE of config.eval, after the protocol.")
 
 
 def use_compilation_cache(workdir: epath.Path) -> None:

@@ -235,6 +235,8 @@ def validate(config: ml_collections.ConfigDict) -> None:
     for name in shares:
         if not 0 <= values[name] <= 1:
             raise ConfigError(f"{name}={values[name]}; allowed: 0..1")
+    if not 0 <= values["seed"] < 2**32:
+        raise ConfigError(f"seed={values['seed']}; allowed: 0..{2**32 - 1}")
     for name in ("loss.ohem_min_kept", "optimizer.warmup_steps"):
         if values[name] < 0:
             raise ConfigError(f"{name}={values[name]}; it must not be negative")

@@ -307,7 +307,7 @@ if __name__ == "__main__":
     flags.DEFINE_string("checkpoint", "best", "best, latest or a step.")
     flags.DEFINE_string("split", "", "Default: the configuration's data.eval_split.")
     flags.DEFINE_string("data_dir", "", "Default: the configuration's data.dir.")
-    protocols.define_flags(several=True)
+    cli.define_protocol(several=True)
     flags.DEFINE_enum("absent", "skip", list(metrics.ABSENT), "Classes that occur nowhere.")
     flags.DEFINE_bool("boundary", False, "Also boundary IoU and boundary F-score.")
     flags.DEFINE_string("json", "", "Also write the figures to this file.")

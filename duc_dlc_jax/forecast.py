@@ -16,16 +16,15 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 from jax.sharding import Mesh
 
-import duc_dlc_jax
-from duc_dlc_jax import collectives, programs, sharding
+from duc_dlc_jax import collectives, programs, provenance, sharding, storage
 from duc_dlc_jax import config as config_lib
 from duc_dlc_jax import optimizer as optimizers
 from duc_dlc_jax.data.labels import IGNORE
@@ -108,7 +107,7 @@ def lowered_step(config: ml_collections.ConfigDict, classes: int, mesh: Mesh) ->
     if config.model.bn_padding == "masked":
         data["valid"] = struct((batch, 2), jnp.int32)
     step = make_train_step(model, optimizer, config, [1] * classes)
-    return sharding.jit_train_step(step, mesh).lower(state, data)
+    return sharding.jit_train_step(step, mesh).lower(state, data, np.uint32(config.seed))
 
 
 def _compiled(config, devices: Sequence[Any], options: dict | None = None) -> dict[str, Any]:
@@ -188,10 +187,10 @@ def text(found: dict[str, Any]) -> str:
 
 
 def cached(config: ml_collections.ConfigDict, what: str, make: Callable[[], dict]) -> dict:
-    """The result of `make`, kept by configuration and versions; the waiting is shown."""
-    key = json.dumps([config_lib.to_json(config), what, jax.__version__, duc_dlc_jax.__version__])
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "duc_dlc_jax"
-    path = home / f"forecast-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+    """The result of `make`, kept by configuration, code and versions; the waiting is shown."""
+    versions = [jax.__version__, provenance.version("libtpu"), provenance.sources()]
+    key = json.dumps([config_lib.to_json(config), what, *versions])
+    path = storage.cache_dir() / f"forecast-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
     if path.exists():
         return json.loads(path.read_text())
     with _waiting(f"compiling for {what}"):

@@ -16,10 +16,11 @@ from typing import Any
 import ml_collections
 
 from duc_dlc_jax import config as config_lib
+from duc_dlc_jax import optimizer as optimizers
 from duc_dlc_jax.config import ConfigError
 from duc_dlc_jax.data.builders import sources
 from duc_dlc_jax.data.records import find_spec
-from duc_dlc_jax.models import segmenter
+from duc_dlc_jax.models import counts, segmenter
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,9 +61,7 @@ NOT_MEASURED = ("NVIDIA A100", "TPU v5e", "TPU v5p", "TPU v6e")
 
 def gmacs(model: segmenter.Segmenter, size: tuple[int, int]) -> float:
     """1e9 multiply-adds of the convolutions for one image of size (height, width)."""
-    from duc_dlc_jax import describe  # late: it imports this module
-
-    return sum(describe.macs(model, *size).values()) / 1e9
+    return sum(counts.macs(model, *size).values()) / 1e9
 
 
 def predict(config: ml_collections.ConfigDict) -> dict[str, Any]:
@@ -71,11 +70,9 @@ def predict(config: ml_collections.ConfigDict) -> dict[str, Any]:
     The number of training images is the official one of a known data set. Raises ConfigError for
     epochs of another one.
     """
-    from duc_dlc_jax.train import total_steps  # late: the checkpoints' library
-
     spec, size = find_spec(config.data), config_lib.crop_shape(config.data)
     model = segmenter.create(config.model, spec.num_classes)
-    steps = total_steps(config, _training_images(config))
+    steps = optimizers.total_steps(config, _training_images(config))
     images, work = steps * config.train.batch_size, gmacs(model, size)
     like = config_lib.default()
     like.model.dtype = config.model.dtype  # each rate names its own

@@ -11,18 +11,16 @@ import math
 import shlex
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 from absl import flags, logging
 from etils import epath
 
 from duc_dlc_jax import cli, storage, workdirs
 from duc_dlc_jax import config as config_lib
-from duc_dlc_jax import optimizer as optimizers
 from duc_dlc_jax.data import labels as labels_lib
 from duc_dlc_jax.models import deeplabv3, segmenter, weights
 from duc_dlc_jax.models.tensor_files import read_tensors
-from duc_dlc_jax.train_step import create_state
+from duc_dlc_jax.train_step import first_state
 
 
 def import_model(name: str, workdir: epath.Path, labels: str = "") -> ml_collections.ConfigDict:
@@ -50,11 +48,8 @@ def import_model(name: str, workdir: epath.Path, labels: str = "") -> ml_collect
     config.data.name = spec.name
     config_lib.validate(config)
     model = segmenter.create(config.model, classes)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 64, 64, 3), jnp.uint8))
-    like = {kind: shapes[kind] for kind in ("params", "batch_stats")}
-    variables = deeplabv3.load(path, tensors, layout, like)
-    rule = optimizers.create(config.optimizer, 1)  # the rule's memory does not depend on the steps
-    workdirs.create(workdir, config, spec, create_state(model, rule, config, variables))
+    variables = deeplabv3.load(path, tensors, layout, segmenter.variable_shapes(model))
+    workdirs.create(workdir, config, spec, first_state(model, config, variables))
     count = sum(math.prod(x.shape) for x in jax.tree.leaves(variables["params"]))
     logging.info("%s: %s parameters, names like %s", path, f"{count:,}", layout.name)
     return config

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,6 +11,13 @@ import ml_collections
 import optax
 
 from duc_dlc_jax.config import ConfigError
+
+
+def total_steps(config: ml_collections.ConfigDict, images: int) -> int:
+    """train.steps, or train.epochs x images / batch_size rounded up (batches cross epochs)."""
+    if config.train.steps > 0:
+        return config.train.steps
+    return math.ceil(config.train.epochs * images / config.train.batch_size)
 
 
 def poly_schedule(

@@ -4,7 +4,7 @@ Network    With weights the ResNet that they belong to, with a run to start from
            the small network of configs/demo.py on a CPU and a ResNet-50 from scratch on an
            accelerator.
 Crop       The median short side, rounded down to a multiple of 32; at most 480, on a CPU 256.
-Batch      The power of two per device that fits the memory by `describe.activation_bytes`; at most
+Batch      The power of two per device that fits the memory by `counts.activation_bytes`; at most
            16 in all, on a CPU also 4 per core.
 Rate       2e-3 with weights (10 times that for new layers), in proportion below a batch of 8; 2e-2
            from scratch, in proportion below a batch of 16.
@@ -27,13 +27,12 @@ import ml_collections
 from etils import epath
 
 from duc_dlc_jax import config as config_lib
-from duc_dlc_jax import describe, sharding, workdirs
+from duc_dlc_jax import sharding, train_step, workdirs
 from duc_dlc_jax.benchmark import model as speed
 from duc_dlc_jax.data.folders import Inspection
-from duc_dlc_jax.models import pretrained, segmenter
+from duc_dlc_jax.models import counts, pretrained, segmenter
 from duc_dlc_jax.models import weights as weights_lib
 from duc_dlc_jax.progress import clock
-from duc_dlc_jax.train_step import init_variables
 
 EPOCHS, FEWEST_STEPS, MOST_STEPS, CPU_STEPS = 40, 2000, 40000, 400
 MOST_BATCH, CPU_BATCH_PER_CORE = 16, 4
@@ -182,7 +181,7 @@ def _network_of(draft: _Draft, workdir: epath.Path) -> None:
 
 def _check_weights(config) -> None:
     """Loads the weights once, so that wrong ones end here and not after preparing."""
-    variables = init_variables(segmenter.create(config.model, 2), config.seed)
+    variables = train_step.init_variables(segmenter.create(config.model, 2), config.seed)
     init = config.init
     pretrained.load_backbone(init.weights, init.source, **variables, model_config=config.model)
 
@@ -203,8 +202,8 @@ def _crop(draft: _Draft, found: Inspection, machine: Machine) -> None:
 def _batch(draft: _Draft, found: Inspection, machine: Machine, most: int) -> None:
     config = draft.config
     model = segmenter.create(config.model, found.spec.num_classes)
-    state = describe.state_bytes(config, model)
-    image = describe.activation_bytes(model, *config_lib.crop_shape(config.data))
+    state = train_step.state_bytes(model, config)
+    image = counts.activation_bytes(model, *config_lib.crop_shape(config.data))
     if machine.is_cpu:
         most = min(most, CPU_BATCH_PER_CORE * machine.cores)
     fit = min((machine.memory - state) // image, most // machine.devices)
@@ -256,10 +255,10 @@ def step_seconds(plan: Plan) -> float | None:
     config, mesh = plan.config, sharding.training_mesh(plan.config)
     model = segmenter.create(config.model, plan.classes, sharding.bn_groups(config, mesh))
     size = config_lib.crop_shape(config.data)
-    flops = 6 * sum(describe.macs(model, *size).values()) * config.train.batch_size
+    flops = 6 * sum(counts.macs(model, *size).values()) * config.train.batch_size
     if flops > (1e12 if plan.machine.is_cpu else 1e14):
         return None
-    data, variables = speed.random_batch(config, plan.classes), init_variables(model, 0)
+    data, variables = speed.random_batch(config, plan.classes), train_step.init_variables(model, 0)
     try:
         return speed.time_train_step(config, model, mesh, variables, data, 1)[0]
     except jax.errors.JaxRuntimeError as error:

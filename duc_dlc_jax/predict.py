@@ -264,5 +264,5 @@ if __name__ == "__main__":
     flags.DEFINE_string("checkpoint", "best", "best, latest or a step.")
     cli.define_names("outputs", OUTPUTS, "Only these; of videos ids and colour must be named.")
     flags.DEFINE_float("opacity", 0.5, "Of the colours in overlays.", 0.0, 1.0)
-    protocols.define_flags()
+    cli.define_protocol()
     cli.run(main)

@@ -18,15 +18,12 @@ from collections.abc import Iterable, Sequence
 
 import ml_collections
 import numpy as np
-from absl import flags
 
-from duc_dlc_jax import cli, padding
 from duc_dlc_jax import config as config_lib
+from duc_dlc_jax import padding
 from duc_dlc_jax.config import ConfigError
 from duc_dlc_jax.models import registry
 from duc_dlc_jax.padding import Size
-
-flags.disclaim_key_flags()  # --help shows those that are defined here as the command's
 
 SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
 PRESETS = {  # fields of config.eval; what is not named takes its default
@@ -44,16 +41,6 @@ PRESETS = {  # fields of config.eval; what is not named takes its default
     },
 }
 PRESET_FIELDS = ("mode", "scales", "flip", "average", "long_side")
-
-
-def define_flags(several: bool = False) -> None:
-    """The flags --protocol (of `several`: a list) and --set, for `select`."""
-    default = "Default: the configuration's config.eval."
-    if several:
-        cli.define_names("protocol", tuple(PRESETS), default)
-    else:
-        flags.DEFINE_enum("protocol", "", ["", *PRESETS], default)
-    flags.DEFINE_multi_string("set", [], "FIELD=VALUE of config.eval, after the protocol.")
 
 
 def select(

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import os
 import platform
 import subprocess
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,23 @@ def _git(*words: str) -> str:
     folder = str(Path(duc_dlc_jax.__file__).parent)
     command = ["git", "-C", folder, *words]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+@functools.cache
+def sources() -> str:
+    """SHA-256 of the package's Python files, for results that are kept until the code changes."""
+    folder, digest = Path(duc_dlc_jax.__file__).parent, hashlib.sha256()
+    for path in sorted(folder.rglob("*.py")):
+        digest.update(f"{path.relative_to(folder)}\n".encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def version(package: str) -> str:
+    """Of an installed package; empty where it is not installed."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return ""
 
 
 def cpu() -> str:

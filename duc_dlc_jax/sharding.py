@@ -141,15 +141,15 @@ def to_devices(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]
 
 
 def jit_train_step(train_step: Callable, mesh: Mesh) -> Any:
-    """(state, batch as `to_devices` places it) -> (state, metrics): one program over the mesh.
+    """(state, batch as `to_devices` places it, seed) -> (state, metrics): one program of the mesh.
 
-    Donates the state.
+    It serves every seed, an np.uint32. Donates the state.
     """
     everywhere = replicated(mesh)
     return jax.jit(
         train_step,
-        in_shardings=(everywhere, None),
-        out_shardings=(everywhere, everywhere),
+        in_shardings=(everywhere, None, everywhere),
+        out_shardings=everywhere,
         donate_argnums=0,
     )
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
+import hashlib
 import importlib.util
 import os
 import pathlib
@@ -264,3 +265,14 @@ def read(path: epath.Path) -> str:
 
 def _joined(lines: Sequence[str]) -> str:
     return "".join(f"{line}\n" for line in lines)
+
+
+def cache_dir() -> pathlib.Path:
+    """$DUC_DLC_CACHE, or ~/.cache/duc_dlc_jax."""
+    return pathlib.Path(os.environ.get("DUC_DLC_CACHE") or "~/.cache/duc_dlc_jax").expanduser()
+
+
+def sha256(path: pathlib.Path) -> str:
+    """That of a file, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

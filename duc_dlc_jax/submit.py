@@ -116,5 +116,5 @@ if __name__ == "__main__":
     flags.DEFINE_string("output", None, "The archive to write, FILE.zip.", required=True)
     flags.DEFINE_string("checkpoint", "best", "best, latest or a step.")
     flags.DEFINE_string("data_dir", "", "Default: the configuration's data.dir.")
-    protocols.define_flags()
+    cli.define_protocol()
     cli.run(main)

@@ -29,14 +29,13 @@ from etils import epath
 
 from duc_dlc_jax import checkpoints, cli, grafting, sharding, statistics, storage, workdirs
 from duc_dlc_jax import config as config_lib
-from duc_dlc_jax import optimizer as optimizers
 from duc_dlc_jax.config import ConfigError
 from duc_dlc_jax.data import labels
+from duc_dlc_jax.data.batches import device_batches
 from duc_dlc_jax.data.records import open_records
 from duc_dlc_jax.models import segmenter
 from duc_dlc_jax.progress import shown
-from duc_dlc_jax.train import device_batches
-from duc_dlc_jax.train_step import TrainState, create_state, init_variables
+from duc_dlc_jax.train_step import TrainState, first_state, init_variables, state_shapes
 
 CHECK_SHARE = 4  # of the batches that estimate, one in so many more checks the result
 
@@ -198,20 +197,15 @@ def classes(
     config.data.name = spec.name
     model = segmenter.create(config.model, spec.num_classes)
     grafted = grafting.graft(init_variables(model, config.seed), run.variables, run.spec, spec)
-    rule = optimizers.create(config.optimizer, 1)
-    state = create_state(model, rule, config, jax.tree.map(jnp.asarray, grafted.variables))
-    workdirs.create(output, config, spec, state)
+    variables = jax.tree.map(jnp.asarray, grafted.variables)
+    workdirs.create(output, config, spec, first_state(model, config, variables))
     return [f"from step {run.step}:", *grafted.lines()]
 
 
 def _like(config: ml_collections.ConfigDict, model: segmenter.Segmenter) -> TrainState:
     """The structure of the run's train state, on every device."""
-    rule = optimizers.create(config.optimizer, 1)  # its memory does not depend on the steps
     everywhere = sharding.replicated(sharding.make_mesh())
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere),
-        jax.eval_shape(lambda: create_state(model, rule, config)),
-    )
+    return sharding.shapes(state_shapes(model, config), everywhere)
 
 
 def _with(state: TrainState, variables: dict[str, Any]) -> TrainState:

@@ -12,7 +12,7 @@ import json
 import os
 import shlex
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -37,7 +37,8 @@ from duc_dlc_jax import (
 )
 from duc_dlc_jax import config as config_lib
 from duc_dlc_jax import optimizer as optimizers
-from duc_dlc_jax.data import pipeline, resident
+from duc_dlc_jax.data import pipeline
+from duc_dlc_jax.data.batches import device_batches
 from duc_dlc_jax.data.labels import LabelSpec
 from duc_dlc_jax.data.records import open_records
 from duc_dlc_jax.errors import Stopped
@@ -46,13 +47,6 @@ from duc_dlc_jax.models import segmenter
 from duc_dlc_jax.progress import Progress
 from duc_dlc_jax.stopping import StopSignal
 from duc_dlc_jax.train_step import TrainState, create_state, make_train_step
-
-
-def total_steps(config: ml_collections.ConfigDict, images: int) -> int:
-    """train.steps, or train.epochs x images / batch_size rounded up (batches cross epochs)."""
-    if config.train.steps > 0:
-        return config.train.steps
-    return int(np.ceil(config.train.epochs * images / config.train.batch_size))
 
 
 def train(
@@ -77,7 +71,7 @@ def train(
             raise config_lib.ConfigError(f"split {split.split} of {split.folder} has no labels")
     if not (workdir / "checkpoints").exists():
         initial.check(config.init)
-    spec, steps = records.spec, total_steps(config, len(records))
+    spec, steps = records.spec, optimizers.total_steps(config, len(records))
     _announce(config, workdir, mesh, spec, len(records), len(val_records), steps)
 
     model = segmenter.create(config.model, spec.num_classes, sharding.bn_groups(config, mesh))
@@ -131,7 +125,7 @@ class _Loop:
 
         Raises Stopped after SIGTERM or SIGINT, with the state saved.
         """
-        first = int(state.step)
+        first, seed = int(state.step), np.uint32(self._config.seed)
         self._goodput.started()
         if first and self._evaluating(first) and not self._saved.has_scores(first):
             self._keep(state, first, evaluating=True)  # a signal had come during it
@@ -143,7 +137,7 @@ class _Loop:
             if step == first + 1:
                 compiling = self._goodput.spent("compile")
             with compiling:
-                state, metrics = self._train_step(state, batch)
+                state, metrics = self._train_step(state, batch, seed)
             self._trace.after(step - first - 1, state)
             self._figures.add(metrics, records)
             self._log(step)
@@ -203,57 +197,6 @@ class _Loop:
             raise Stopped(
                 f"stopped by {self._stop.signal}; step {step} is saved, the same command goes on"
             )
-
-
-def device_batches(
-    config, records, position: int, count: int, mesh
-) -> Generator[tuple[dict[str, jax.Array], np.ndarray], None, None]:
-    """`count` global batches on the devices, from the image at `position` of the stream on.
-
-    With each come the indices of the records that this process read, int32 [b].
-    """
-    start = position // config.train.batch_size
-    names = ["image", "label"]
-    names += ["valid"] if config.model.bn_padding == "masked" else []
-    names += ["bad"] if config.data.bad_records == "mask" else []
-    index, count_of_shares = sharding.share(mesh)
-    if config.data.on_device:
-        steps, size = range(start, start + count), config.train.batch_size
-        share = index, count_of_shares
-        positions = pipeline.Positions(config.data, records, config.seed, size, steps, *share)
-        for cut, indices in resident.batches(config.data, records, positions, mesh):
-            yield {name: cut[name] for name in names}, indices
-        return
-    iterator = pipeline.train_iterator(
-        config.data,
-        records,
-        seed=config.seed,
-        batch_size=config.train.batch_size,
-        steps=start + count,
-        start_step=start,
-        process_index=index,
-        process_count=count_of_shares,
-    )
-    # What workers share is given back at the end; of arrays on CPUs JAX may hold it longer.
-    shared = config.data.workers and mesh.devices.flat[0].platform == "cpu"
-    taken = np.array if shared else np.asarray
-
-    def placed(batch):
-        local = {name: taken(batch[name]) for name in names}
-        return sharding.to_devices(local, mesh), np.array(batch["record"])
-
-    batch = None
-    try:
-        for batch in iterator:
-            yield placed(batch)
-    except RuntimeError as error:
-        raise pipeline.with_record(error, records) from error
-    finally:
-        if hasattr(iterator, "close"):
-            iterator.close()
-        if config.data.workers:
-            del batch, iterator
-            pipeline.free_shared_memory()
 
 
 def _with_names(batches, records, workdir: epath.Path, step: int):

@@ -15,8 +15,9 @@ import numpy as np
 import optax
 
 from duc_dlc_jax import accumulation, losses
+from duc_dlc_jax import optimizer as optimizers
 from duc_dlc_jax.models.layers import Conv
-from duc_dlc_jax.models.segmenter import Segmenter
+from duc_dlc_jax.models.segmenter import Segmenter, variable_shapes
 
 Batch = dict[str, jax.Array]
 
@@ -52,6 +53,23 @@ def create_state(
     return TrainState(step, params, batch_stats, optimizer.init(params), ema)
 
 
+def first_state(
+    model: Segmenter, config: ml_collections.ConfigDict, variables: dict[str, Any] | None = None
+) -> TrainState:
+    """`create_state` for a training of any length: the optimizer's state knows of none."""
+    return create_state(model, optimizers.create(config.optimizer, 1), config, variables)
+
+
+def state_shapes(model: Segmenter, config: ml_collections.ConfigDict) -> TrainState:
+    """The structure of the train state, in ShapeDtypeStructs."""
+    return jax.eval_shape(lambda: first_state(model, config))
+
+
+def state_bytes(model: Segmenter, config: ml_collections.ConfigDict) -> int:
+    """Bytes of the train state: parameters, momentum, statistics and, if kept, their average."""
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state_shapes(model, config)))
+
+
 def init_variables(model: Segmenter, seed: int) -> dict[str, Any]:
     """Random {params, batch_stats}, drawn on the host by (seed, name): nothing is compiled.
 
@@ -65,9 +83,8 @@ def init_variables(model: Segmenter, seed: int) -> dict[str, Any]:
             inits[context.module.path] = context.module.init
         return call(*args, **kwargs)
 
-    image = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.uint8)
     with nn.intercept_methods(record):
-        shapes = jax.eval_shape(model.init, jax.random.key(0), image)
+        shapes = variable_shapes(model)
 
     def draw(path, leaf) -> np.ndarray:
         names = tuple(entry.key for entry in path)  # (collection, module, ..., parameter)
@@ -76,8 +93,7 @@ def init_variables(model: Segmenter, seed: int) -> dict[str, Any]:
             return inits[names[1:-1]].draw(rng, leaf.shape).astype(leaf.dtype)
         return np.full(leaf.shape, names[-1] in ("scale", "var"), leaf.dtype)
 
-    kept = {name: shapes[name] for name in ("params", "batch_stats")}
-    return jax.tree_util.tree_map_with_path(draw, kept)
+    return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
 def make_train_step(
@@ -86,7 +102,9 @@ def make_train_step(
     config: ml_collections.ConfigDict,
     pixels: Sequence[int] | None = None,
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
-    """(state, {image uint8 [B, H, W, 3], label uint8 [B, H, W]}) -> (state, metrics), to be jitted.
+    """The function (state, batch, seed) -> (state, metrics), to be jitted.
+
+    batch: image, uint8 [B, H, W, 3], and label, uint8 [B, H, W]. seed: uint32.
 
     Batches may have an entry `valid`, int32 [B, 2]: height and width of the unpadded part of each
     image, in pixels. `model.bn_padding="masked"` needs it and raises ConfigError without.
@@ -95,8 +113,8 @@ def make_train_step(
     data parallel averages the devices' means instead). Where the loss or the gradient is not finite
     the state stays as it was, its step included. pixels: of each class in the training split, for
     `loss.class_balance`. Metrics are float32 scalars: loss, grad_norm, PA (of the training batch).
-    Dropout derives from `key`, by default that of config.seed, and the step. With
-    `train.accumulate` the batch is taken in parts: `accumulation`.
+    Dropout derives from `seed`, the configuration's, and the step. With `train.accumulate` the
+    batch is taken in parts: `accumulation`.
     """
     chosen = losses.options(config.loss, model.num_classes, pixels)
     parts = config.train.accumulate
@@ -141,9 +159,8 @@ def make_train_step(
             batch_stats |= {"backbone": state.batch_stats["backbone"]}
         return (loss, (batch_stats, accuracy)), grads
 
-    def train_step(state: TrainState, batch: Batch, key: jax.Array | None = None):
-        key = jax.random.key(config.seed) if key is None else key
-        key = jax.random.fold_in(key, state.step)
+    def train_step(state: TrainState, batch: Batch, seed: jax.Array | np.uint32):
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
         if parts > 1:
             (loss, (batch_stats, accuracy)), grads = accumulated(state, batch, key)
         else:

@@ -55,6 +55,6 @@ def bfloat16_run(strict_rank_promotion):
     for _ in range(10):
         image = rng.integers(0, 256, (2, 64, 64, 3), np.uint8)
         label = rng.integers(0, 5, (2, 64, 64)).astype(np.uint8)
-        state, _ = step(state, {"image": image, "label": label})
+        state, _ = step(state, {"image": image, "label": label}, config.seed)
         states.append(jax.device_get(state))
     return SimpleNamespace(config=config, states=states)

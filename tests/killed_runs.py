@@ -40,12 +40,12 @@ def kill_in_step(generator):
     def jit(*args):
         step = original(*args)
 
-        def counted(state, batch):
+        def counted(state, batch, seed):
             nonlocal countdown
             countdown -= 1
             if countdown == 0:
                 threading.Timer(delay, die).start()
-            return step(state, batch)
+            return step(state, batch, seed)
 
         return counted
 

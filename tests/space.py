@@ -34,11 +34,11 @@ def train(config, mesh, batch, parts):
     state = jax.device_put(state, sharding.replicated(mesh))
     placed = sharding.to_devices(batch, mesh)
     step = sharding.jit_train_step(make_train_step(model, rule, config), mesh)
-    compiled = step.lower(state, placed).compile(QUICK)
+    compiled = step.lower(state, placed, config.seed).compile(QUICK)
     seconds = []
     for _ in range(STEPS):
         start = time.perf_counter()
-        state, metrics = compiled(state, placed)
+        state, metrics = compiled(state, placed, config.seed)
         jax.block_until_ready(state)
         seconds.append(time.perf_counter() - start)
     memory = compiled.memory_analysis()

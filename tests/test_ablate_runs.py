@@ -17,29 +17,19 @@ import pytest
 from PIL import Image
 
 import duc_dlc_jax
-from duc_dlc_jax import boundaries, sharding, workdirs
+from duc_dlc_jax import boundaries, workdirs
 from duc_dlc_jax import config as config_lib
 from duc_dlc_jax.ablate import crops, runner
 from duc_dlc_jax.ablate.grid import Variant, parts
 from duc_dlc_jax.ablate.results import Files, Results
 from duc_dlc_jax.data.labels import IGNORE
+from duc_dlc_jax.errors import NotFinite
 from duc_dlc_jax.models import pretrained
 from duc_dlc_jax.train import train
 from networks import NARROW, jit
 from runs import environment, grid_file, run, tiny_config
 
 pytestmark = pytest.mark.commands
-
-
-def with_the_key_as_data(seed):
-    """For `train`: the program that has the seed as a constant rounds differently."""
-
-    def jit_train_step(step, mesh):
-        everywhere = sharding.replicated(mesh)
-        compiled = jax.jit(step, in_shardings=(everywhere, None, everywhere), donate_argnums=0)
-        return lambda state, batch: compiled(state, batch, jax.random.key(seed))
-
-    return jit_train_step
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +49,6 @@ def trained(scenes_dir, tmp_path_factory):
             trainer.run(configs[1]),
             trainer.run(configs[0]),
         ]
-        patch.setattr(sharding, "jit_train_step", with_the_key_as_data(seed=1))
         workdir = tmp_path_factory.mktemp("run")
         scores = train(configs[1], workdir)
         yield SimpleNamespace(
@@ -206,12 +195,16 @@ def test_the_masks_are_the_crops_of_the_labels_and_predictions(trained, scenes_d
         assert row["boundary_iou"] == pytest.approx(found["mean_iou"], abs=1e-6)
 
 
-def test_a_loss_that_is_not_finite_ends_the_run(trained, scenes_dir, monkeypatch):
+@pytest.mark.parametrize("name", ["loss", "grad_norm"])
+def test_one_figure_that_is_not_finite_ends_the_run(trained, monkeypatch, name):
+    """Such a step is not taken: the run would have fewer than its budget."""
     monkeypatch.setattr(jax, "jit", jit)
     config = trained.config.copy_and_resolve_references()
     trainer = runner.Trainer(config, SimpleNamespace(**vars(runner.Data(config.data))))
-    trainer._compiled = lambda state, batch, key: (state, {"loss": jax.numpy.float32(np.nan)})
-    with pytest.raises(FloatingPointError, match="the loss is nan at step 2"):
+    good = {"loss": np.float32(1), "grad_norm": np.float32(1)}
+    figures = iter([good | {name: np.float32(np.nan)}, *[good] * 3])
+    trainer._compiled = lambda state, batch, seed: (state, next(figures))
+    with pytest.raises(NotFinite, match=r"nan.* in step 1"):
         trainer.run(config)
 
 

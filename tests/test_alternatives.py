@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from duc_dlc_jax import config as config_lib
-from duc_dlc_jax import describe, evaluate, grafting, optimizer, protocols, train_step
+from duc_dlc_jax import evaluate, grafting, optimizer, protocols, train_step
 from duc_dlc_jax.data.labels import label_spec
-from duc_dlc_jax.models import layers, registry, resizing, segmenter
+from duc_dlc_jax.models import counts, layers, registry, resizing, segmenter
 from duc_dlc_jax.models.alternatives import guided_filter as gf
 from duc_dlc_jax.models.alternatives.aspp import ASPP
 from duc_dlc_jax.models.alternatives.ccl import CCL
@@ -51,13 +51,13 @@ def model(classes, **changes):
 def test_parameters_of_torchvisions_deeplabv3(depth, expected):
     """With its auxiliary head, 21 classes."""
     fields = {"upsampling": "none", "context": "aspp", "output_stride": 8, "aux_head": True}
-    assert sum(describe.parameters(model(21, depth=depth, **fields)).values()) == expected
+    assert sum(counts.parameters(model(21, depth=depth, **fields)).values()) == expected
 
 
 @pytest.mark.parametrize(("depth", "expected"), [(50, 35_322_218), (101, 54_314_346)])
 def test_parameters_of_torchvisions_fcn(depth, expected):
     fields = {"upsampling": "none", "context": "fcn", "output_stride": 8, "aux_head": True}
-    assert sum(describe.parameters(model(21, depth=depth, **fields)).values()) == expected
+    assert sum(counts.parameters(model(21, depth=depth, **fields)).values()) == expected
 
 
 def test_parameters_of_dense_aspp_on_densenet_161():
@@ -88,7 +88,7 @@ def test_parameters_of_dense_aspp_on_densenet_161():
     ],
 )
 def test_parameters_of_parts(fields, part, expected):
-    parts = describe.parameters(
+    parts = counts.parameters(
         model(11, depth=14, **{"upsampling": "none", "context": "none"} | fields)
     )
     assert parts[part] == expected
@@ -96,7 +96,7 @@ def test_parameters_of_parts(fields, part, expected):
 
 
 def test_multiply_adds_count_the_groups_of_a_depthwise_convolution():
-    parts = describe.macs(
+    parts = counts.macs(
         model(5, depth=14, width=4, upsampling="jpu", duc_width=8, context="none"), 64, 64
     )
     features = 8 * 8 * 32 + 4 * 4 * 64 + 2 * 2 * 128
@@ -277,7 +277,7 @@ def test_a_training_step_moves_every_parameter(upsampling, context):
         "image": rng.integers(0, 256, (4, 64, 64, 3), np.uint8),
         "label": rng.integers(0, 3, (4, 64, 64)).astype(np.uint8),
     }
-    after, metrics = jit(train_step.make_train_step(net, rule, config))(before, batch)
+    after, metrics = jit(train_step.make_train_step(net, rule, config))(before, batch, 0)
     assert np.isfinite(metrics["loss"])
     for (path, old), new in zip(
         jax.tree_util.tree_leaves_with_path(before.params),

@@ -13,13 +13,13 @@ import pytest
 
 import networks as networks_of_tests
 import runs
-from duc_dlc_jax import describe, programs
+from duc_dlc_jax import programs, train_step
 from duc_dlc_jax.benchmark import __main__ as benchmark
 from duc_dlc_jax.benchmark import bundles, floor, layers, memory, networks, profile, timing
 from duc_dlc_jax.benchmark.figures import Figures
 from duc_dlc_jax.config import ConfigError
 from duc_dlc_jax.data.labels import label_spec
-from duc_dlc_jax.models import segmenter
+from duc_dlc_jax.models import counts, segmenter
 
 pytestmark = pytest.mark.commands
 
@@ -56,7 +56,7 @@ def test_rates_follow_from_seconds_and_multiply_adds(figures):
     config = runs.tiny_config("data")
     model = segmenter.create(config.model, label_spec("scenes").num_classes)
     for kind, passes, size in (("train", 3, (64, 64)), ("infer", 1, (64, 96))):
-        f, forward = values[kind], 2 * sum(describe.macs(model, *size).values())
+        f, forward = values[kind], 2 * sum(counts.macs(model, *size).values())
         assert f["seconds"] == np.median(f["rounds"]) > 0
         assert f["images_per_second"] == pytest.approx(f["batch_size"] / f["seconds"])
         assert f["flop_per_second"] == pytest.approx(passes * forward * f["images_per_second"])
@@ -123,9 +123,9 @@ def test_groups_of_operations():
 def test_floor_by_hand():
     """A convolution bound by arithmetic, one bound by memory, and the image's, without gradient."""
     ceilings = {"flop_per_second": 100.0, "byte_per_second": 10.0}
-    busy = describe.Convolution(("dlc", "a"), 1, 2, 3, 1000)
-    moving = describe.Convolution(("dlc", "b"), 100, 50, 350, 10)
-    first = describe.Convolution(("backbone", "conv1"), 1, 1, 1, 500)
+    busy = counts.Convolution(("dlc", "a"), 1, 2, 3, 1000)
+    moving = counts.Convolution(("dlc", "b"), 100, 50, 350, 10)
+    first = counts.Convolution(("backbone", "conv1"), 1, 1, 1, 500)
     norms = {moving.path, first.path}
     found = floor.seconds([busy, moving, first], norms, 2, 4, ceilings, training=False)
     moved = (2 * 100 + 2 * 350 + 50) * 4 / 10
@@ -147,7 +147,7 @@ def test_the_floor_knows_which_convolutions_have_a_bn():
 def test_the_floor_has_less_of_the_guidance_than_the_paper():
     model = segmenter.create(runs.tiny_config("data").model, 5)
     names = [c.path[-1] for c in floor.executed(model, 64, 64)]
-    paper = {c.path[-1]: c for c in describe.convolutions(model, 64, 64)}
+    paper = {c.path[-1]: c for c in counts.convolutions(model, 64, 64)}
     assert names.count("guidance_conv") == 1
     assert not {"g_conv1", "g_conv2"} & set(names)
     (ours,) = (c for c in floor.executed(model, 64, 64) if c.path[-1] == "guidance_conv")
@@ -160,8 +160,8 @@ def test_peak_memory_is_within_the_estimate(figures):
     config = runs.tiny_config("data")
     model = segmenter.create(config.model, label_spec("scenes").num_classes)
     peak = figures[0]["train"]["peak_bytes_per_device"]
-    state, images = describe.state_bytes(config, model), config.train.batch_size // 2
-    estimate = state + images * describe.activation_bytes(model, 64, 64)
+    state, images = train_step.state_bytes(model, config), config.train.batch_size // 2
+    estimate = state + images * counts.activation_bytes(model, 64, 64)
     assert state < peak
     assert 0.4 * estimate < peak < estimate
 

@@ -344,7 +344,7 @@ def test_each_layout_reaches_a_training_step(name, tmp_path):
     model = segmenter.create(config.model, records.spec.num_classes)
     rule = optimizer.create(config.optimizer, 1)
     state = train_step.create_state(model, rule, config, random_variables(model))
-    new, metrics = jit(train_step.make_train_step(model, rule, config))(state, labels)
+    new, metrics = jit(train_step.make_train_step(model, rule, config))(state, labels, 0)
     assert (batch["label"] != IGNORE).any()
     assert 0 < float(metrics["loss"]) < 50
     moved = jax.tree.map(lambda a, b: bool((a != b).any()), state.params, new.params)

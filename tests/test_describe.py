@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import pytest
 
 from duc_dlc_jax import config as config_lib
-from duc_dlc_jax import describe, forecast
-from duc_dlc_jax.models import segmenter
+from duc_dlc_jax import describe, forecast, provenance, train_step
+from duc_dlc_jax.models import counts, segmenter
 from repository import ROOT
 from runs import TINY, run, tiny_config
 
@@ -87,11 +87,11 @@ def test_bytes_of_the_train_state(dtype, ema):
         sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes[name]))
         for name in ("params", "batch_stats")
     )
-    assert params == sum(describe.parameters(model).values())
+    assert params == sum(counts.parameters(model).values())
     expected = 4 * (2 * params + stats) + 2 * 4
     if ema:
         expected += 4 * (params + stats)
-    assert describe.state_bytes(config, model) == expected
+    assert train_step.state_bytes(model, config) == expected
 
 
 def test_a_configuration_that_cannot_run_is_refused():
@@ -126,10 +126,10 @@ def test_work_and_traffic_of_a_device_do_not_grow_with_their_number(tmp_path):
         ]
         command += [f"--config.{name}={value}" for name, value in TINY.items()]
         command += [f"--config.train.batch_size={2 * devices}", f"--devices={devices}"]
-        result = run(command, XDG_CACHE_HOME=str(tmp_path))
+        result = run(command, DUC_DLC_CACHE=str(tmp_path))
         found[devices] = json.loads(result.stdout)
         assert found[devices]["mesh"] == {"data": devices, "space": 1}
-        assert run(command, XDG_CACHE_HOME=str(tmp_path)).stdout == result.stdout  # kept
+        assert run(command, DUC_DLC_CACHE=str(tmp_path)).stdout == result.stdout  # kept
     for name in ("flops_per_device", "collectives_per_device"):
         assert found[8][name] == found[256][name]
     (kind,) = found[8]["collectives_per_device"]
@@ -155,6 +155,19 @@ def test_a_forecast_names_its_constants_and_the_largest_batch():
     text = forecast.text(found)
     for word in ("0.4 x 197 TFLOP/s", "819 GB/s", "400 GB/s", "10 us each", "efficiency 98%"):
         assert word in text
+
+
+def test_a_forecast_is_kept_until_the_code_changes(tmp_path, monkeypatch):
+    monkeypatch.setenv("DUC_DLC_CACHE", str(tmp_path))
+    config, made = tiny_config(""), []
+
+    def make():
+        made.append(len(made))
+        return {"made": made[-1]}
+
+    assert [forecast.cached(config, "2 devices", make)["made"] for _ in range(2)] == [0, 0]
+    monkeypatch.setattr(provenance, "sources", lambda: "other code")
+    assert forecast.cached(config, "2 devices", make)["made"] == 1
 
 
 def test_an_unknown_topology_lists_the_chips():

@@ -213,8 +213,8 @@ def test_a_loss_that_is_not_finite_stops_before_saving(scenes_dir, tmp_path, mon
     def broken(*args):
         step = original(*args)
 
-        def run(state, batch):
-            state, metrics = step(state, batch)
+        def run(state, batch, seed):
+            state, metrics = step(state, batch, seed)
             return state, metrics | {"loss": metrics["loss"] * np.nan}
 
         return run

@@ -12,11 +12,11 @@ import pytest
 from PIL import Image
 
 from duc_dlc_jax import config as config_lib
-from duc_dlc_jax import describe, fit, plans, protocols, workdirs
+from duc_dlc_jax import fit, plans, protocols, train_step, workdirs
 from duc_dlc_jax.data import folders
 from duc_dlc_jax.data.builders import scenes
 from duc_dlc_jax.data.labels import DataError
-from duc_dlc_jax.models import segmenter
+from duc_dlc_jax.models import counts, segmenter
 from runs import TINY, run
 
 pytestmark = pytest.mark.commands
@@ -123,8 +123,8 @@ def test_batch_fits_the_memory():
     given = {"model.depth": 14}
     config = plans.make(inspection(), GPU, given).config
     model = segmenter.create(config.model, 5)
-    state = describe.state_bytes(config, model)
-    image = describe.activation_bytes(model, 480, 480)
+    state = train_step.state_bytes(model, config)
+    image = counts.activation_bytes(model, 480, 480)
     for images, devices, batch in ((2.5, 1, 2), (100, 1, 16), (2.5, 2, 4), (9, 32, 32)):
         memory = int(state + images * image)
         machine = dataclasses.replace(GPU, memory=memory, devices=devices)

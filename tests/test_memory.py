@@ -49,7 +49,7 @@ def stepped(order=range(BATCH), groups=1, dtype="float64", **changes):
     """The state after one step, and its figures."""
     with jax.enable_x64(dtype == "float64"):
         _, state, step = prepared(groups, dtype, **changes)
-        return jax.device_get(jax.jit(step, compiler_options=QUICK)(state, batch_of(order)))
+        return jax.device_get(jax.jit(step, compiler_options=QUICK)(state, batch_of(order), 0))
 
 
 def difference(first, second) -> float:

@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 
 from duc_dlc_jax import config as config_lib
-from duc_dlc_jax import describe
-from duc_dlc_jax.models import layers, segmenter
+from duc_dlc_jax.models import counts, layers, segmenter
 from duc_dlc_jax.models.dlc import DLC
 from networks import PARAMETERS, jit, shapes_of
 
@@ -34,14 +33,14 @@ def network(classes=150, **changes):
 
 @functools.cache
 def parameters(classes=150, **changes):
-    return describe.parameters(network(classes, **changes))
+    return counts.parameters(network(classes, **changes))
 
 
 @functools.cache
 def gmacs(**changes):
     """Part -> 1e9 multiply-adds at 480 x 480, to two decimals."""
-    counts = describe.macs(network(**changes), 480, 480)
-    return {part: round(count / 1e9, 2) for part, count in counts.items()}
+    macs = counts.macs(network(**changes), 480, 480)
+    return {part: round(count / 1e9, 2) for part, count in macs.items()}
 
 
 @DEPTHS
@@ -120,8 +119,8 @@ def test_multiply_adds_of_the_heads():
 def test_multiply_adds_of_coefficients_on_the_grid_of_layer4(upsampled):
     """G~'s half runs on 15 x 15 cells in place of 60 x 60; no parameter comes or goes."""
     fields = {"depth": 14, "duc_upsampled": upsampled}
-    saved = describe.macs(network(depth=14), 480, 480)["duc"]
-    saved -= describe.macs(network(**fields), 480, 480)["duc"]
+    saved = counts.macs(network(depth=14), 480, 480)["duc"]
+    saved -= counts.macs(network(**fields), 480, 480)["duc"]
     assert saved == (60**2 - 15**2) * 512 * 1024
     assert gmacs(**fields)["duc"] == 7.59
     assert parameters(**fields) == parameters(depth=14)
@@ -153,12 +152,12 @@ def measured_fields(rates) -> list[tuple[int, int]]:
 
 
 def test_receptive_field_formula():
-    assert [describe.receptive_field([rate])[0] for rate in (3, 6, 12, 18)] == [7, 13, 25, 37]
-    assert describe.receptive_field((3, 6, 12, 18)) == [7, 19, 43, 79]
+    assert [counts.receptive_field([rate])[0] for rate in (3, 6, 12, 18)] == [7, 13, 25, 37]
+    assert counts.receptive_field((3, 6, 12, 18)) == [7, 19, 43, 79]
 
 
 @pytest.mark.parametrize("rates", [(3, 6, 12, 18), (3, 6, 12, 17)])
 def test_receptive_field_measured(rates):
     """Channels of DLC's output: the reduced input, which sees one cell, then each branch."""
-    expected = [1, *describe.receptive_field(rates)]
+    expected = [1, *counts.receptive_field(rates)]
     assert measured_fields(rates) == [(field, field) for field in expected]

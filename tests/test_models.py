@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from duc_dlc_jax import describe, optimizer, sharding, train_step
+from duc_dlc_jax import optimizer, sharding, train_step
 from duc_dlc_jax.config import ConfigError
-from duc_dlc_jax.models import layers, segmenter
+from duc_dlc_jax.models import counts, layers, segmenter
 from duc_dlc_jax.models.resnet import ResNet
 from networks import IMAGE, jit, random_variables, shapes_of
 from runs import tiny_config
@@ -32,7 +32,7 @@ def test_grids_have_ceil_of_size_over_stride_cells(output_stride, size):
     expected = [tuple(-(-n // s) for n in size) for s in strides]
     assert [o.shape[1:3] for o in outputs] == expected
     assert [o.shape[-1] for o in outputs] == [32, 64, 128, 256]
-    grids = list(describe.grids(*size, output_stride).values())
+    grids = list(counts.grids(*size, output_stride).values())
     assert grids == [size, expected[0], expected[1], expected[3], expected[1]]
     logits = jax.eval_shape(model.init_with_output, jax.random.key(0), image)[0]
     assert logits.shape == (2, *size, 5)
@@ -166,8 +166,8 @@ def test_masked_padding_needs_the_valid_sizes():
     step = sharding.jit_train_step(step, sharding.make_mesh(devices=jax.devices()[:1]))
     batch = {"image": IMAGE, "label": jax.ShapeDtypeStruct((1, 64, 64), jnp.uint8)}
     with pytest.raises(ConfigError, match=r'bn_padding="masked" needs .* "valid", int32 \[B, 2\]'):
-        step.lower(state, batch)
-    step.lower(state, batch | {"valid": VALID})
+        step.lower(state, batch, config.seed)
+    step.lower(state, batch | {"valid": VALID}, config.seed)
 
 
 PART = np.array([[40, 25], [9, 64]], np.int32)  # pixels of the 64 x 64 of two crops
@@ -190,7 +190,9 @@ def padded_steps():
             before = train_step.create_state(model, rule, config, random_variables(model))
             step = jit(train_step.make_train_step(model, rule, config))
             for name, valid in sizes.items():
-                after[padding, name] = jax.device_get(step(before, batch | {"valid": valid}))
+                after[padding, name] = jax.device_get(
+                    step(before, batch | {"valid": valid}, config.seed)
+                )
         return batch, jax.device_get(before), after
 
 
@@ -263,7 +265,7 @@ def test_compute_dtype(dtype):
         assert dtypes([state.params, state.batch_stats]) == {wide}
         batch = {"image": IMAGE, "label": jax.ShapeDtypeStruct((1, 64, 64), jnp.uint8)}
         after, metrics = jax.eval_shape(
-            train_step.make_train_step(model, rule, config), state, batch
+            train_step.make_train_step(model, rule, config), state, batch, config.seed
         )
         assert jax.tree.map(lambda x: x.dtype, after) == jax.tree.map(lambda x: x.dtype, state)
         assert metrics["loss"].dtype == wide

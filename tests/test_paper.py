@@ -11,11 +11,11 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
-from duc_dlc_jax import cli, describe, hours
+from duc_dlc_jax import cli, hours
 from duc_dlc_jax import config as config_lib
 from duc_dlc_jax.config import ConfigError
 from duc_dlc_jax.data.records import find_spec
-from duc_dlc_jax.models import segmenter
+from duc_dlc_jax.models import counts, segmenter
 from duc_dlc_jax.paper import __main__ as paper
 from duc_dlc_jax.paper.tables import LEFT_OPEN, SLIPS, TABLES, Row
 from networks import PARAMETERS
@@ -39,8 +39,8 @@ def test_final_scores_are_the_means_that_the_paper_says():
 
 def test_slips_that_can_be_computed():
     """CCL: four 3x3, 9 cells, then a rate of 18, 37 cells: 45, not 49, which is a rate of 24."""
-    assert describe.receptive_field([24]) == [49]
-    assert describe.receptive_field([1] * 4 + [18])[-1] == 45
+    assert counts.receptive_field([24]) == [49]
+    assert counts.receptive_field([1] * 4 + [18])[-1] == 45
     ours = [row for row in ROWS if (row.run, row.protocol) == ("ade20k_r101", "multi_scale")]
     assert round(ours[1].miou - ours[0].miou, 2) == 1  # of Tables II and I
     assert ours[0].pa == ours[1].pa
@@ -68,7 +68,7 @@ def test_a_training_has_the_network_of_its_row(run):
     name, _, depth = run.rpartition("_r")
     assert config.data.name == name
     model = segmenter.create(config.model, find_spec(config.data).num_classes)
-    assert sum(describe.parameters(model).values()) == PARAMETERS[int(depth)][CLASSES[name]]
+    assert sum(counts.parameters(model).values()) == PARAMETERS[int(depth)][CLASSES[name]]
     assert config.optimizer.learning_rate == 1e-3
     assert bool(config.init.weights) == (int(depth) != 269)
     assert config.data.antialias  # as the code base, which every other choice follows

@@ -14,8 +14,8 @@ import jax
 import numpy as np
 import pytest
 
-from duc_dlc_jax import describe, optimizer, pixel_scores, programs, sharding, train_step
-from duc_dlc_jax.models import layers, segmenter
+from duc_dlc_jax import optimizer, pixel_scores, programs, sharding, train_step
+from duc_dlc_jax.models import counts, layers, segmenter
 from networks import NARROW, random_variables
 from runs import tiny_config
 
@@ -52,7 +52,7 @@ def compiled_step() -> Program:
         batch = {"image": image, "label": image[..., 0]}
         mesh = sharding.make_mesh(devices=jax.devices()[:1])
         step = sharding.jit_train_step(train_step.make_train_step(model, rule, config), mesh)
-        compiled = step.lower(state, batch).compile(programs.QUICK_CPU)
+        compiled = step.lower(state, batch, config.seed).compile(programs.QUICK_CPU)
     size = sum(np.asarray(x).nbytes for x in jax.tree.leaves(state))
     return Program(compiled, compiled.as_text(), model, size)
 
@@ -61,7 +61,7 @@ def costs(program: Program) -> dict[str, float]:
     """`COSTS` of a step."""
     compiled, text, model, _ = program
     flops, moved = programs.cost(compiled)
-    convolutions = 6 * BATCH * sum(describe.macs(model, SIDE, SIDE).values())
+    convolutions = 6 * BATCH * sum(counts.macs(model, SIDE, SIDE).values())
     temporaries = compiled.memory_analysis().temp_size_in_bytes / 2**20
     opcodes = (len(re.findall(rf"= \S+ {opcode}\(", text)) for opcode in ("transpose", "copy"))
     counted = flops / convolutions, moved / 1e6, temporaries, *opcodes, batch_norm_passes(text)

@@ -314,7 +314,7 @@ def frozen_step():
         "label": rng.integers(0, 3, (4, 64, 64)).astype(np.uint8),
     }
     step = jit(train_step.make_train_step(model, rule, config, [5, 3, 2]))
-    after, metrics = step(before, batch)
+    after, metrics = step(before, batch, config.seed)
     return SimpleNamespace(before=before, after=after, metrics=metrics)
 
 

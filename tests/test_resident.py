@@ -12,9 +12,9 @@ from duc_dlc_jax import config as configuration
 from duc_dlc_jax import sharding
 from duc_dlc_jax.config import ConfigError
 from duc_dlc_jax.data import pipeline, resident
+from duc_dlc_jax.data.batches import device_batches
 from duc_dlc_jax.data.labels import IGNORE
 from duc_dlc_jax.data.records import RecordError, open_records
-from duc_dlc_jax.train import device_batches
 from runs import tiny_config
 
 

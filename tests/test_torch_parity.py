@@ -192,7 +192,7 @@ def learn(c, steps):
     step = jit(train_step.make_train_step(model, rule, c))
     state = train_step.create_state(model, rule, c, variables)
     for _, batch in zip(range(steps), batches(), strict=False):
-        state, _ = step(state, batch)
+        state, _ = step(state, batch, c.seed)
     return {"params": state.params, "batch_stats": state.batch_stats}
 
 

@@ -41,7 +41,7 @@ def weights_digest(name: str, source: str) -> str:
 
     Raises ConfigError as `weights.find`, and FileNotFoundError.
     """
-    return weights_files.sha256(weights_files.find(name, source)[0]) if name else ""
+    return storage.sha256(weights_files.find(name, source)[0]) if name else ""
 
 
 @dataclasses.dataclass(frozen=True)

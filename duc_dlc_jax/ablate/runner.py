@@ -1,7 +1,7 @@
 """One run of a grid: trained from its seed, scored with boundaries, its costs measured.
 
 A variant's programs are compiled once and serve all of its seeds: the seed enters as data (initial
-parameters, batches, the key of dropout). Every `train.checkpoint_every` steps state and curve are
+parameters, batches, the seed of dropout). Every `train.checkpoint_every` steps state and curve are
 saved, so that a run that was cut off goes on, with the same bits.
 """
 
@@ -22,7 +22,6 @@ from absl import logging
 from etils import epath
 
 from duc_dlc_jax import (
-    describe,
     evaluate,
     grafting,
     initial,
@@ -36,8 +35,10 @@ from duc_dlc_jax import optimizer as optimizers
 from duc_dlc_jax.ablate import crops
 from duc_dlc_jax.ablate.results import Files, weights_digest
 from duc_dlc_jax.data import pipeline
+from duc_dlc_jax.data.batches import device_batches
 from duc_dlc_jax.data.records import open_records
-from duc_dlc_jax.models import segmenter
+from duc_dlc_jax.errors import NotFinite
+from duc_dlc_jax.models import counts, segmenter
 from duc_dlc_jax.progress import Progress
 from duc_dlc_jax.train_step import TrainState, create_state, make_train_step
 
@@ -77,11 +78,15 @@ class Course:
         yield
         self.seconds[what] += time.monotonic() - start
 
-    def add(self, losses: list[Any], step: int) -> None:
-        """Losses up to a step. Raises FloatingPointError where the last one is not finite."""
-        self.losses += [float(loss) for loss in losses]
-        if not np.isfinite(self.losses[-1]):
-            raise FloatingPointError(f"the loss is {self.losses[-1]} at step {step}")
+    def add(self, window: list[tuple[Any, Any]], step: int) -> None:
+        """(loss, gradient norm) of the steps up to `step`.
+
+        Raises NotFinite where one of them is not finite: such a step was not taken.
+        """
+        for i, (loss, norm) in enumerate(window, step - len(window) + 1):
+            if not np.isfinite([loss, norm]).all():
+                raise NotFinite(f"loss {loss}, gradient norm {norm} in step {i}")
+            self.losses.append(float(loss))
 
     def point(self, step: int, scores: dict[str, Any]) -> None:
         figures = {name: float(scores[name]) for name in ("mIoU", "PA")}
@@ -97,23 +102,16 @@ class Trainer:
     """
 
     def __init__(self, config: ml_collections.ConfigDict, data: Data):
-        from duc_dlc_jax.train import total_steps  # late: the checkpoints' library
-
         self._config, self._data = config, data
         self._mesh = sharding.training_mesh(config)
         spec = data.train.spec
-        self._steps = total_steps(config, len(data.train))
+        self._steps = optimizers.total_steps(config, len(data.train))
         groups = sharding.bn_groups(config, self._mesh)
         self._model = segmenter.create(config.model, spec.num_classes, groups)
         self._optimizer = optimizers.create(config.optimizer, self._steps)
         everywhere = sharding.replicated(self._mesh)
         step = make_train_step(self._model, self._optimizer, config, data.train.pixels())
-        self._jitted = jax.jit(
-            step,
-            in_shardings=(everywhere, None, everywhere),
-            out_shardings=everywhere,
-            donate_argnums=0,
-        )
+        self._jitted = sharding.jit_train_step(step, self._mesh)
         self._create = jax.jit(
             lambda variables: create_state(self._model, self._optimizer, config, variables),
             out_shardings=everywhere,
@@ -129,7 +127,7 @@ class Trainer:
     def run(self, config: ml_collections.ConfigDict, files: Files | None = None) -> dict[str, Any]:
         """Trains and scores one seed, from its last checkpoint on if it was cut off.
 
-        Raises FloatingPointError where the loss is not finite, and CheckpointError where a
+        Raises NotFinite where a loss or gradient is not finite, and CheckpointError where a
         checkpoint cannot be written, or none of those that there are can be read.
         """
         files, begin = files or Files(), time.monotonic()
@@ -138,13 +136,13 @@ class Trainer:
             state, first, course = self._start(config, saved)
             begin -= course.seconds["total"]
             batches = stack.enter_context(contextlib.closing(self._batches(config, first)))
-            key, window, progress = jax.random.key(config.seed), [], Progress(self._steps, "step")
+            seed, window, progress = np.uint32(config.seed), [], Progress(self._steps, "step")
             for step, (batch, _) in enumerate(batches, first + 1):
                 if self._compiled is None:
                     with course.spent("compile"):
-                        self._compile(state, batch, key)
-                state, metrics = self._step(state, batch, key)
-                window.append(metrics["loss"])
+                        self._compile(state, batch, seed)
+                state, metrics = self._step(state, batch, seed)
+                window.append((metrics["loss"], metrics["grad_norm"]))
                 last = step == self._steps
                 evaluating = last or _every(config.train.eval_every, step)
                 saving = not last and _every(config.train.checkpoint_every, step)
@@ -169,7 +167,7 @@ class Trainer:
         if files.masks:
             self._write_masks(files.masks, shown)
         if not self._rates:
-            self._rates = self._measure(state, batch, key)
+            self._rates = self._measure(state, batch, seed)
         return self._result(config, course, scores, shown)
 
     def _result(self, config, course: Course, scores, shown: dict[int, Any]) -> dict[str, Any]:
@@ -191,17 +189,15 @@ class Trainer:
                 crops.scored(crop, shown[crop.record], val.spec.num_classes)
                 for crop in self._data.crops
             ],
-            "parameters": describe.parameters(self._model),
-            "macs": describe.macs(self._model, *size),
+            "parameters": counts.parameters(self._model),
+            "macs": counts.macs(self._model, *size),
             "macs_image": list(size),
             "images_per_second": self._rates,
             "step_bytes_per_device": self._memory,
-            "grids": describe.grids(*size, self._model.output_stride, self._model.upsampling),
+            "grids": counts.grids(*size, self._model.output_stride, self._model.upsampling),
         }
 
     def _batches(self, config, first: int):
-        from duc_dlc_jax.train import device_batches
-
         position = first * config.train.batch_size
         records, count = self._data.train, self._steps - first
         return device_batches(config, records, position, count, self._mesh)
@@ -228,13 +224,13 @@ class Trainer:
         digest = weights_digest(config.init.weights, config.init.source)
         return self._create(variables), 0, Course(weights=digest)
 
-    def _compile(self, state, batch, key) -> None:
+    def _compile(self, state, batch, seed) -> None:
         """Compiles the step, and reads the memory that it needs on a device."""
-        self._compiled = self._jitted.lower(state, batch, key).compile()
+        self._compiled = self._jitted.lower(state, batch, seed).compile()
         self._memory = sharding.bytes_per_device(self._compiled)
 
-    def _step(self, state, batch, key) -> tuple[TrainState, dict[str, jax.Array]]:
-        return self._compiled(state, batch, key)
+    def _step(self, state, batch, seed) -> tuple[TrainState, dict[str, jax.Array]]:
+        return self._compiled(state, batch, seed)
 
     def _scores(self, state: TrainState, last: bool) -> tuple[dict[str, Any], dict[int, Any]]:
         """Scores; after the last step with boundaries, and the examples with crops by number."""
@@ -256,7 +252,7 @@ class Trainer:
             with storage.whole_file(place) as partial, partial.open("wb") as file:
                 pictures.write_ids(file, crops.strip(masks), self._data.val.spec)
 
-    def _measure(self, state, batch, key) -> dict[str, float]:
+    def _measure(self, state, batch, seed) -> dict[str, float]:
         """Images/s of the step on a batch that stays where it is, and of labelling from the host.
 
         The state is used up.
@@ -275,7 +271,7 @@ class Trainer:
         for _ in range(2):  # twice: the first round fills queues
             start = time.monotonic()
             for _ in range(TIMED_STEPS):
-                state, metrics = self._step(state, batch, key)
+                state, metrics = self._step(state, batch, seed)
             jax.block_until_ready((state, metrics))
         trained = TIMED_STEPS * len(batch["image"]) / (time.monotonic() - start)
         return {"train": trained, "label": labelled}

@@ -319,7 +319,7 @@ if __name__ == "__main__":
     flags.DEFINE_list("xla_options", [], of_networks + options)
     flags.DEFINE_bool("timed", False, "With --what=growth: also run the programs.")
     flags.DEFINE_string("plot", "", "With --what=growth: a PNG or SVG to draw; needs matplotlib.")
-    protocols.define_flags()
+    cli.define_protocol()
     flags.DEFINE_float("memory_gib", 0.0, "With --what=memory: of a device; 0: what it has.", 0.0)
     flags.DEFINE_string("json", "", "Also write the figures to this file.")
     flags.DEFINE_bool("again", False, "Measure what --json holds already, too.")

@@ -22,9 +22,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from duc_dlc_jax import describe
 from duc_dlc_jax.benchmark.timing import seconds_per_call
-from duc_dlc_jax.describe import Convolution
+from duc_dlc_jax.models import counts
+from duc_dlc_jax.models.counts import Convolution
 from duc_dlc_jax.models.segmenter import Segmenter
 
 Ceilings = dict[str, float]  # flop_per_second, byte_per_second
@@ -50,8 +50,8 @@ def ceilings(dtype: Any) -> Ceilings:
 
 
 def executed(model: Segmenter, height: int, width: int) -> list[Convolution]:
-    """`describe.convolutions` with g(I) as `DUC` computes it: one convolution of the image."""
-    found = describe.convolutions(model, height, width)
+    """`counts.convolutions` with g(I) as `DUC` computes it: one convolution of the image."""
+    found = counts.convolutions(model, height, width)
     guidance = {c.path[-1]: c for c in found if c.path[0] == "duc"}
     if "guidance_conv" not in guidance:
         return found

@@ -15,19 +15,21 @@ import ml_collections
 import numpy as np
 
 from duc_dlc_jax import config as config_lib
-from duc_dlc_jax import describe, protocols, sharding
 from duc_dlc_jax import optimizer as optimizers
+from duc_dlc_jax import protocols, sharding
 from duc_dlc_jax.benchmark import floor, profile
 from duc_dlc_jax.benchmark.peer import Peer
 from duc_dlc_jax.benchmark.timing import WARM_UP, median_seconds
 from duc_dlc_jax.config import ConfigError
+from duc_dlc_jax.data.batches import device_batches
 from duc_dlc_jax.data.labels import IGNORE
 from duc_dlc_jax.data.records import find_spec, open_records
 from duc_dlc_jax.inference import Labeller
-from duc_dlc_jax.models import segmenter
+from duc_dlc_jax.models import counts, segmenter
 from duc_dlc_jax.train_step import create_state, init_variables, make_train_step
 
 Size = tuple[int, int]
+SEED = np.uint32(0)
 
 
 class Work:
@@ -61,13 +63,13 @@ class Work:
     def rates(self, what: str, seconds: list[float]) -> dict[str, Any]:
         """Images/s, FLOP/s and share of the floor of rounds that took `seconds` per call.
 
-        FLOPs are 2 per multiply-add of the convolutions (`describe.macs`), 3 times that in
+        FLOPs are 2 per multiply-add of the convolutions (`counts.macs`), 3 times that in
         training. Inference has the floor with BN folded into the convolutions as well.
         """
         training, median = what == "train", statistics.median(seconds)
         images = self.config.train.batch_size if training else 1
         size = self.crop if training else self.size
-        flops = (6 if training else 2) * sum(describe.macs(self.model, *size).values())
+        flops = (6 if training else 2) * sum(counts.macs(self.model, *size).values())
         layers = floor.executed(self.model, *size)
         itemsize = np.dtype(self.model.dtype).itemsize
         devices = self.mesh.size if training else 1
@@ -127,12 +129,12 @@ class Step:
         step = make_train_step(model, optimizer, config, [1] * model.num_classes)
         jitted = sharding.jit_train_step(step, mesh)
         start = time.perf_counter()
-        self.compiled = jitted.lower(self._state, self._data).compile(options)
+        self.compiled = jitted.lower(self._state, self._data, SEED).compile(options)
         self.compile_seconds = time.perf_counter() - start
         self.peak_bytes = sharding.bytes_per_device(self.compiled)
 
     def __call__(self) -> Any:
-        self._state, metrics = self.compiled(self._state, self._data)
+        self._state, metrics = self.compiled(self._state, self._data, SEED)
         return metrics
 
 
@@ -269,8 +271,6 @@ def fed(config: ml_collections.ConfigDict, steps: int, rounds: int = 5) -> dict[
     Alternating rounds of `steps` steps of the same compiled program; medians and their ratio, by
     the clock and by this process's CPU time (which other programs on the machine do not disturb).
     """
-    from duc_dlc_jax import train as training  # late: 150 MB that --evaluate would count
-
     config_lib.validate(config)
     mesh = sharding.training_mesh(config)
     records = open_records(config.data, config.data.train_split)
@@ -281,7 +281,7 @@ def fed(config: ml_collections.ConfigDict, steps: int, rounds: int = 5) -> dict[
     state = jax.device_put(state, sharding.replicated(mesh))
     train_step = make_train_step(model, optimizer, config, records.pixels())
     step = sharding.jit_train_step(train_step, mesh)
-    batches = training.device_batches(config, records, 0, (rounds + 1) * steps + 1, mesh)
+    batches = device_batches(config, records, 0, (rounds + 1) * steps + 1, mesh)
     kept, _ = next(batches)
     seconds: dict[str, list[float]] = {"records": [], "one_batch": []}
     cpu: dict[str, list[float]] = {"records": [], "one_batch": []}
@@ -290,7 +290,8 @@ def fed(config: ml_collections.ConfigDict, steps: int, rounds: int = 5) -> dict[
             for source, times in seconds.items():
                 start, used = time.perf_counter(), time.process_time()
                 for _ in range(steps):
-                    state, metrics = step(state, next(batches)[0] if source == "records" else kept)
+                    batch = next(batches)[0] if source == "records" else kept
+                    state, metrics = step(state, batch, SEED)
                 jax.block_until_ready((state, metrics))
                 times.append(time.perf_counter() - start)
                 cpu[source].append(time.process_time() - used)

@@ -212,5 +212,5 @@ def _computed(work: Any, variables: Any, data: dict[str, np.ndarray], training: 
     keep = optax.GradientTransformationExtraArgs(lambda params: params, update)  # as its state
     model = work.model.clone(dropout=0.0, dtype=jnp.dtype("float32"))
     state = create_state(model, keep, work.config, variables)
-    state, found = jax.jit(make_train_step(model, keep, work.config))(state, batch)
+    state, found = jax.jit(make_train_step(model, keep, work.config))(state, batch, np.uint32(0))
     return expected | {"loss": np.asarray(found["loss"])} | flat({"gradient": state.opt_state})

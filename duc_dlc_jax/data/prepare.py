@@ -27,7 +27,6 @@ from duc_dlc_jax.data.builders import files, sources
 from duc_dlc_jax.data.builders.sources import Item, Listing
 from duc_dlc_jax.data.labels import IGNORE, DataError, LabelSpec, is_known, label_spec
 from duc_dlc_jax.data.records import is_prepared, read_spec, summary
-from duc_dlc_jax.models.weights import cache_dir
 
 AGAIN = "delete that folder, or give another --data_dir"
 
@@ -153,7 +152,7 @@ def placed(name: str, data_dir: str, make: Callable[[str], pathlib.Path]) -> Non
     if (target / staging.MANIFEST).exists():
         print(f"{name} is already prepared in {target}; delete that folder to prepare it again")
         return
-    folder = make(str(cache_dir() / "prepared"))
+    folder = make(str(storage.cache_dir() / "prepared"))
     staging.upload(folder, target)
     shutil.rmtree(folder)
     print(f"uploaded to {target}")

@@ -27,7 +27,6 @@ from etils import epath
 
 from duc_dlc_jax import storage
 from duc_dlc_jax.data.labels import DataError
-from duc_dlc_jax.models.weights import cache_dir, sha256
 from duc_dlc_jax.progress import LOG_EVERY, Progress
 
 MANIFEST = "manifest.json"  # {file: {"size": bytes, "sha256": hex}}, written after all others
@@ -43,7 +42,7 @@ def write_manifest(folder: pathlib.Path) -> dict[str, dict[str, Any]]:
     paths = sorted(
         p for p in folder.iterdir() if p.is_file() and p.name not in (MANIFEST, VERIFIED)
     )
-    files = {p.name: {"size": p.stat().st_size, "sha256": sha256(p)} for p in paths}
+    files = {p.name: {"size": p.stat().st_size, "sha256": storage.sha256(p)} for p in paths}
     storage.write_whole(folder / MANIFEST, json.dumps(files, indent=1) + "\n")
     return files
 
@@ -93,7 +92,7 @@ def staged(remote: epath.Path, splits: Iterable[str], where: str = "") -> pathli
     if where:
         copies = pathlib.Path(storage.local("config.data.staging_dir", where)).expanduser()
     else:
-        copies = cache_dir() / "records"
+        copies = storage.cache_dir() / "records"
     folder = copies / name / remote.name
     needed = _pattern(remote.parent.name, splits)
     wanted = {n: f for n, f in files.items() if needed.fullmatch(n)}
@@ -153,7 +152,7 @@ def _is_there(path: pathlib.Path, file: dict[str, Any], verified: dict[str, list
     """
     if _size(path) != file["size"]:
         return False
-    return verified.get(path.name) == _stamp(path) or sha256(path) == file["sha256"]
+    return verified.get(path.name) == _stamp(path) or storage.sha256(path) == file["sha256"]
 
 
 def _fetch(
@@ -181,7 +180,7 @@ def _fetch(
                 )
                 target.write(block)
                 add(len(block) if trial == 0 else 0)
-        if _size(part) == size and sha256(part) == file["sha256"]:
+        if _size(part) == size and storage.sha256(part) == file["sha256"]:
             part.replace(folder / name)
             return
         logging.warning("%s has another SHA-256 than in %s: copied again", source, MANIFEST)

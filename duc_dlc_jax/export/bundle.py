@@ -15,8 +15,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from duc_dlc_jax import storage
 from duc_dlc_jax.data.labels import DataError, LabelSpec
-from duc_dlc_jax.models.weights import sha256
 
 VERSION = 1  # of the layout
 FILES = {"stablehlo": "model.stablehlo", "onnx": "model.onnx"}
@@ -78,7 +78,7 @@ def write(path: Path, manifest: dict[str, Any]) -> None:
     """Writes the manifest, and the sums of all files that are there."""
     (path / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", "utf-8")
     names = sorted(file.name for file in path.iterdir() if file.name != SUMS)
-    (path / SUMS).write_text("".join(f"{sha256(path / name)}  {name}\n" for name in names))
+    (path / SUMS).write_text("".join(f"{storage.sha256(path / name)}  {name}\n" for name in names))
 
 
 def check_sums(path: str | os.PathLike) -> None:
@@ -93,7 +93,7 @@ def check_sums(path: str | os.PathLike) -> None:
     for name, digest in sums.items():
         if name not in present:
             bad.append(f"{name}: missing")
-        elif sha256(path / name) != digest:
+        elif storage.sha256(path / name) != digest:
             bad.append(f"{name}: its SHA-256 is not {digest}")
     if bad or not {MANIFEST, CHECK} <= set(sums):
         raise DataError(f"{path} is damaged:\n  " + "\n  ".join(bad or [f"{SUMS}: incomplete"]))

@@ -189,6 +189,13 @@ def create(model: ml_collections.ConfigDict, num_classes: int, bn_groups: int = 
     return Segmenter(num_classes=num_classes, **fields)
 
 
+def variable_shapes(model: Segmenter) -> dict[str, Any]:
+    """{params, batch_stats} as ShapeDtypeStructs."""
+    image = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.uint8)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), image)
+    return {name: shapes[name] for name in ("params", "batch_stats")}
+
+
 def enable_dtype(model: ml_collections.ConfigDict) -> None:
     """Switches JAX to 64-bit numbers where `config.model` computes in float64: before any array."""
     if model.dtype == "float64":

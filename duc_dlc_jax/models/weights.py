@@ -14,7 +14,6 @@ import difflib
 import fcntl
 import hashlib
 import http.client
-import os
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -104,11 +103,6 @@ TABLE = {
 }
 
 
-def cache_dir() -> Path:
-    """$DUC_DLC_CACHE, or ~/.cache/duc_dlc_jax."""
-    return Path(os.environ.get("DUC_DLC_CACHE") or "~/.cache/duc_dlc_jax").expanduser()
-
-
 def find(weights: str | Path, source: str = "") -> tuple[Path, str]:
     """The file that `config.init.weights` means, and its source: `source`, or that of the name.
 
@@ -140,7 +134,7 @@ def fetched(name: str, weights: Weights) -> Path:
 
     Raises ConfigError as `find`.
     """
-    path = cache_dir() / weights.file
+    path = storage.cache_dir() / weights.file
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -150,7 +144,7 @@ def fetched(name: str, weights: Weights) -> Path:
     with _locked(path):
         if not path.exists():
             _download(name, weights, path)
-        elif not (digest := sha256(path)).startswith(weights.sha256):
+        elif not (digest := storage.sha256(path)).startswith(weights.sha256):
             raise ConfigError(
                 f"{path} is not {weights.file} as its owner publishes it, or a part of it: its "
                 f"SHA-256 begins with {digest[: len(weights.sha256)]}, not {weights.sha256}. "
@@ -213,9 +207,3 @@ def _copy(name: str, weights: Weights, partial: Path) -> tuple[int | None, str]:
             done += len(block)
             progress.show(-(-done // BLOCK), weights.file, log=done == size)
     return size, digest.hexdigest()
-
-
-def sha256(path: Path) -> str:
-    """That of a file, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -15,11 +15,11 @@ from absl import flags
 
 from duc_dlc_jax import cli, hours, markdown, protocols, storage
 from duc_dlc_jax import config as config_lib
+from duc_dlc_jax import optimizer as optimizers
 from duc_dlc_jax.ablate.results import CIRCUMSTANCES
 from duc_dlc_jax.config import ConfigError
 from duc_dlc_jax.data.builders import sources
 from duc_dlc_jax.paper.tables import LEFT_OPEN, SLIPS, TABLES, Row, Table
-from duc_dlc_jax.train import total_steps
 
 WITHIN = 0.5  # points of mIoU and PA that a reproduced row may be away: the paper gives no spread
 CONFIG, GRID = "configs/paper.py", "configs/ablation_camvid.py"
@@ -64,7 +64,8 @@ def changes(written: dict[str, Any], row: Row) -> list[str]:
     source, split = sources.SOURCES[wanted.data.name], wanted.data.eval_split
     trained, scored = source.counts[wanted.data.train_split], source.counts[split]
     least, steps, most = (
-        total_steps(had, trained + more) for more in (-source.tolerance, 0, source.tolerance)
+        optimizers.total_steps(had, trained + more)
+        for more in (-source.tolerance, 0, source.tolerance)
     )
     if not least <= written["step"] <= most:
         how.append(f"step {written['step']:,} of {steps:,}")
