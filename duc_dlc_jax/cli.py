@@ -161,7 +161,7 @@ def _parse(argv: list[str]) -> list[str]:
 
 def _found(path: str) -> str:
     """As `config_lib.find`; a broken file is a ConfigError too, of which the flag says less."""
-    config_lib.returned(path)
+    config_lib.read(path)
     return config_lib.find(path)
 
 

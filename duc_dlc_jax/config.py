@@ -6,6 +6,7 @@ Fields marked [I] are inferences about the paper rather than its own words (see 
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import functools
 import json
@@ -305,20 +306,27 @@ def find(path: str) -> str:
 
 
 def load(path: str) -> ml_collections.ConfigDict:
-    """The configuration of a file, as `returned`, validated."""
-    config = returned(path)
+    """The configuration of a file, as `read`, validated."""
+    config = read(path)
     validate(config)
     return config
 
 
-def returned(path: str) -> ml_collections.ConfigDict:
+def read(path: str) -> ml_collections.ConfigDict:
     """What the `get_config` of a file returns; it gets what follows a colon, as `find` says.
 
     Raises ConfigError, with the file and the line, for an error in it.
     """
     file, argument = split_argument(find(path))
-    try:
+    with errors_of(file):
         return runpy.run_path(file)["get_config"](*argument)
+
+
+@contextlib.contextmanager
+def errors_of(file: str) -> Iterator[None]:
+    """Around what runs code of a configuration file: its errors are ConfigErrors of one line."""
+    try:
+        yield
     except ConfigError:
         raise
     except Exception as error:

@@ -107,10 +107,10 @@ def move(source: epath.Path, target: epath.Path) -> None:
 
 @contextlib.contextmanager
 def whole_file(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Another name for a file on a disk, which gets its own once it is complete.
+    """Yields a temporary path, which replaces `path` when the block succeeds; on a disk.
 
-    Readers see all of it or nothing. That name is the process's own, so that several may write the
-    same file; what an exception leaves is removed.
+    Readers see the whole file or none. The temporary path is the process's own, so that several
+    may write the same file; after an exception it is removed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.partial")

@@ -75,6 +75,19 @@ def test_a_file_without_variants_or_with_two_of_a_name_is_refused(tmp_path):
         grid.load(str(path))
 
 
+@pytest.mark.parametrize("name", ["variants", "comparisons", "title"])
+def test_an_error_in_a_file_is_one_line(tmp_path, name):
+    functions = {"variants": "[Variant('a', {})]", "comparisons": "[]", "title": "'A'"}
+    functions[name] = "[Variant('b', seedz=3)]"
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "from duc_dlc_jax.ablate.grid import Variant\n"
+        + "".join(f"def get_{n}():\n    return {value}\n" for n, value in functions.items())
+    )
+    with pytest.raises(ConfigError, match=r"mine\.py, line \d: TypeError: .*seedz"):
+        grid.load(str(path))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -187,7 +200,8 @@ def test_runs_of_two_budgets_do_not_mix(fake, tmp_path):
     run = Run(TWO[0], 0)
     train_all(base, [run], results, float("inf"), False)
     results.check(run, run.variant.config(base, 0))
-    base.data.threads, base.data.dir = 64, "elsewhere"  # circumstances
+    base.data.threads, base.data.dir, base.data.staging_dir = 64, "elsewhere", "disk"
+    base.train.log_every, base.train.keep_latest, base.eval.pictures = 7, 7, 7  # circumstances
     results.check(run, run.variant.config(base, 0))
     base.train.epochs = 30.0
     with pytest.raises(

@@ -145,10 +145,25 @@ def test_no_machine_paths():
     assert not found, "\n".join(found)
 
 
+def anchors(text):
+    """Of a document's headings, as GitHub makes them."""
+    prose = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+    headings = re.findall(r"^#+ (.*)$", prose, re.MULTILINE)
+    plain = (re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading) for heading in headings)
+    return {re.sub(r"[^\w\- ]", "", heading).lower().replace(" ", "-") for heading in plain}
+
+
 def test_markdown_links_lead_somewhere():
-    for path in ("README.md", "CONTRIBUTING.md"):
-        for target in re.findall(r"\]\(([^)#:]+)\)", (ROOT / path).read_text()):
-            assert (ROOT / target).exists(), f"{path} links to {target}, which does not exist"
+    documents = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")]
+    links = 0
+    for path in documents:
+        for target, _, anchor in re.findall(r"\]\(([^)#:]*)(#([^)]+))?\)", path.read_text()):
+            file = (path.parent / target) if target else path
+            assert file.exists(), f"{path} links to {target}, which does not exist"
+            links += bool(anchor)
+            if anchor:
+                assert anchor in anchors(file.read_text()), f"{path}: {target}#{anchor}"
+    assert links > 20
 
 
 def test_make_targets_of_the_documents_exist():

@@ -92,11 +92,16 @@ def _families(comparisons: Mapping[str, Sequence] | Sequence) -> dict[str, tuple
 def load(path: str) -> Grid:
     """What `get_variants`, `get_comparisons` and `get_title` of a configuration file return.
 
-    Without the second every variant is compared with the first one. Raises ConfigError where the
-    file has no variants, two of one name, or a question about others.
+    Without the second every variant is compared with the first one. Raises ConfigError for an error
+    in the file, and where it has no variants, two of one name, or a question about others.
     """
     path, argument = config_lib.split_argument(config_lib.find(path))
-    functions = runpy.run_path(path)
+    with config_lib.errors_of(path):
+        return _grid(path, runpy.run_path(path), *argument)
+
+
+def _grid(path: str, functions: dict[str, Any], *argument: str) -> Grid:
+    """Of what a configuration file defines."""
     if "get_variants" not in functions:
         raise ConfigError(
             f"{path} has no get_variants(), the list of ablate.grid.Variant to train; see "

@@ -20,9 +20,10 @@ from duc_dlc_jax.ablate.grid import Grid, Run
 from duc_dlc_jax.config import ConfigError
 from duc_dlc_jax.models import weights as weights_files
 
-# Where the data lie and how they are fed: not part of what a run is.
+# Where the data lie, how they are fed and what else is written: not part of what a run is.
 CIRCUMSTANCES = ("data.dir", "data.workers", "data.threads", "data.prefetch", "data.in_memory")
-CIRCUMSTANCES += ("init.weights", "train.checkpoint_every", "profile")
+CIRCUMSTANCES += ("data.staging_dir", "init.weights", "train.checkpoint_every", "train.log_every")
+CIRCUMSTANCES += ("train.keep_latest", "train.keep_best", "eval.pictures", "profile")
 
 
 def budget(config: ml_collections.ConfigDict) -> dict[str, Any]:

@@ -24,8 +24,7 @@ from duc_dlc_jax.paper.tables import LEFT_OPEN, SLIPS, TABLES, Row, Table
 WITHIN = 0.5  # points of mIoU and PA that a reproduced row may be away: the paper gives no spread
 CONFIG, GRID = "configs/paper.py", "configs/ablation_camvid.py"
 # Fields that decide no score; the seed, for the paper has none; and which weights, if any.
-BESIDE = (*CIRCUMSTANCES, "seed", "init.source", "train.log_every", "train.eval_every")
-BESIDE += ("train.keep_latest", "train.keep_best", "mesh.data", "mesh.space")
+BESIDE = (*CIRCUMSTANCES, "seed", "init.source", "train.eval_every", "mesh.data", "mesh.space")
 EVALUATED = ("step", "checkpoint", "split", "protocols", "config")  # of `evaluate`'s JSON
 NO_WEIGHTS = "no ImageNet weights of 269 layers by name, so `init.weights=FILE`"
 NOT_RUN = "needs the data set and the hours above"
