@@ -52,7 +52,7 @@ H100, H200 = "one NVIDIA H100 80GB HBM3", "one NVIDIA H200"
 CPU = "two cores of an AMD EPYC"
 MEASURED = (
     Measured(H100, 480, 150, "bfloat16", 16, 323.0, "with a former, slower loss"),
-    Measured(H100, 360, 11, "bfloat16", 16, 939.0, "with a former loss, and few classes: a lower bound"),
+    Measured(H100, 360, 11, "bfloat16", 16, 939.0, "former loss, few classes: a lower bound"),
     Measured(H200, 360, 11, "bfloat16", 16, 1054.0, "few classes: a lower bound"),
     Measured(CPU, 480, 150, "float32", 2, 2 / 2.22),
 )

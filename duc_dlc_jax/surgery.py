@@ -27,7 +27,7 @@ import numpy as np
 from absl import flags
 from etils import epath
 
-from duc_dlc_jax import checkpoints, cli, grafting, sharding, statistics, storage, workdirs
+from duc_dlc_jax import bn_statistics, checkpoints, cli, grafting, sharding, storage, workdirs
 from duc_dlc_jax import config as config_lib
 from duc_dlc_jax.config import ConfigError
 from duc_dlc_jax.data import labels
@@ -44,7 +44,7 @@ def show(
     workdir: epath.Path, checkpoint: str = "best", batches: int = 0, data_dir: str = ""
 ) -> list[str]:
     """What a checkpoint holds, as lines; with `batches` how far its BN statistics are from those
-    of so many training batches (`statistics.gap`).
+    of so many training batches (`bn_statistics.gap`).
 
     Raises as `workdirs.load`; with `batches` also where the data are not prepared.
     """
@@ -71,13 +71,13 @@ def show(
         lines.append(f"{part:<40}{len(values):>8}{size:>14,}{norm:>14.4g}{odd:>12,}")
     if batches:
         data = training_batches(run.config, 0, batches, data_dir)
-        estimated = statistics.estimate(run.model, run.variables, data)
+        estimated = bn_statistics.estimate(run.model, run.variables, data)
         lines.append(_fit(run.variables["batch_stats"], estimated, batches))
     return lines
 
 
 def _fit(stored: Any, estimated: Any, batches: int) -> str:
-    value, layer = statistics.gap(stored, estimated)
+    value, layer = bn_statistics.gap(stored, estimated)
     return (
         f"BN statistics are off by {value:.3f} standard deviations, at most, in {layer} "
         f"({batches} training batches)"
@@ -127,7 +127,7 @@ def average(
     how: of the BN statistics: "estimate" over `batches` training batches, "average" of those of the
     checkpoints. The step, the images consumed and the rule's memory are the latest's.
 
-    Raises ConfigError where there are fewer checkpoints; as `statistics.estimate`.
+    Raises ConfigError where there are fewer checkpoints; as `bn_statistics.estimate`.
     """
     workdirs.check_new(output, "--output")
     config, spec, model = workdirs.described(workdir)
@@ -158,9 +158,9 @@ def average(
     else:
         checked = max(batches // CHECK_SHARE, 1)
         data = training_batches(config, 0, batches, data_dir)
-        estimated = statistics.estimate(model, variables, data)
+        estimated = bn_statistics.estimate(model, variables, data)
         fresh = training_batches(config, batches, checked, data_dir)
-        own = statistics.estimate(model, variables, fresh)
+        own = bn_statistics.estimate(model, variables, fresh)
         lines.append(f"BN statistics: estimated over {batches} training batches")
         lines.append(f"  of the latest checkpoint: {_fit(state.batch_stats, own, checked)}")
         lines.append(f"  as written:               {_fit(estimated, own, checked)}")

@@ -16,7 +16,7 @@ from duc_dlc_jax import pictures
 from duc_dlc_jax.ablate import crops, grid, plots, report
 from duc_dlc_jax.ablate.grid import Grid, Run, Variant, parts
 from duc_dlc_jax.ablate.results import Results
-from duc_dlc_jax.ablate.statistics import (
+from duc_dlc_jax.ablate.significance import (
     Difference,
     corrected,
     half_width,

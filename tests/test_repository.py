@@ -166,6 +166,14 @@ def test_markdown_links_lead_somewhere():
     assert links > 20
 
 
+def test_every_module_has_its_place_in_the_table_of_contributing():
+    table = (ROOT / "CONTRIBUTING.md").read_text().partition("| place |")[2].partition("\n\n")[0]
+    named = set(re.findall(r"`(?:duc_dlc_jax/)?([\w.]+/?)", table))
+    package = [p for p in (ROOT / "duc_dlc_jax").iterdir() if p.name[0] not in "_."]
+    missing = {p.name for p in package if p.name not in named and f"{p.name}/" not in named}
+    assert not missing
+
+
 def test_make_targets_of_the_documents_exist():
     makefile = (ROOT / "Makefile").read_text()
     targets = set(re.findall(r"^([a-z][a-z-]*):", makefile, re.MULTILINE))

@@ -15,18 +15,18 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from duc_dlc_jax import config as config_lib
 from duc_dlc_jax import (
+    bn_statistics,
     evaluate,
     grafting,
     optimizer,
     plans,
-    statistics,
     surgery,
     train,
     train_step,
     workdirs,
 )
+from duc_dlc_jax import config as config_lib
 from duc_dlc_jax.checkpoints import Checkpoints
 from duc_dlc_jax.config import ConfigError
 from duc_dlc_jax.data.labels import label_spec
@@ -94,8 +94,8 @@ def gap_to_data(workdir, batches=16, variables=None):
     loaded = workdirs.load(workdir)
     data = surgery.training_batches(loaded.config, 40, batches)
     variables = variables or loaded.variables
-    return statistics.gap(
-        variables["batch_stats"], statistics.estimate(loaded.model, variables, data)
+    return bn_statistics.gap(
+        variables["batch_stats"], bn_statistics.estimate(loaded.model, variables, data)
     )[0]
 
 
@@ -136,8 +136,8 @@ def test_planted_fault_averages_without_their_statistics(trained, tmp_path):
     raw = {p.split("/", 1)[1]: v for p, v in arrays(workdir, 1).items() if p.startswith("batch_")}
     mixed = {**ema, "batch_stats": traverse_util.unflatten_dict(raw, sep="/")}
     data = surgery.training_batches(workdirs.load(workdir).config, 0, 2)
-    own = statistics.estimate(trained[1], ema, data)
-    assert statistics.gap(mixed["batch_stats"], own)[0] > 1
+    own = bn_statistics.estimate(trained[1], ema, data)
+    assert bn_statistics.gap(mixed["batch_stats"], own)[0] > 1
     shown = surgery.show(tmp_path / "averaged", batches=2)[-1]
     assert float(shown.split(" by ")[1].split()[0]) > 1
 
@@ -147,7 +147,7 @@ def test_estimated_statistics_are_those_of_all_pixels(trained):
     workdir, model = trained
     found = workdirs.load(workdir)
     batches = list(itertools.islice(surgery.training_batches(found.config, 0, 3), 3))
-    estimated = statistics.estimate(model, found.variables, batches)
+    estimated = bn_statistics.estimate(model, found.variables, batches)
     kernel = found.variables["params"]["backbone"]["conv1"]["kernel"]
     outputs = np.concatenate([
         np.asarray(layers.convolve(layers.normalize(b["image"], jnp.float32), kernel, 2, 1))
@@ -163,10 +163,10 @@ def test_frozen_statistics_stay(trained):
     found = workdirs.load(workdir)
     batches = list(surgery.training_batches(found.config, 0, 1))
     frozen = model.clone(backbone_frozen=True)
-    kept = statistics.estimate(frozen, found.variables, batches)["backbone"]
+    kept = bn_statistics.estimate(frozen, found.variables, batches)["backbone"]
     jax.tree.map(np.testing.assert_array_equal, kept, found.variables["batch_stats"]["backbone"])
     with pytest.raises(ConfigError, match="bn_frozen"):
-        statistics.estimate(model.clone(bn_frozen=True), found.variables, batches)
+        bn_statistics.estimate(model.clone(bn_frozen=True), found.variables, batches)
 
 
 def test_ema_becomes_the_network(trained, tmp_path):

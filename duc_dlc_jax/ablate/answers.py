@@ -10,7 +10,7 @@ import numpy as np
 
 from duc_dlc_jax import markdown
 from duc_dlc_jax.ablate.grid import Question
-from duc_dlc_jax.ablate.statistics import Difference, corrected, paired, smallest, verdicts
+from duc_dlc_jax.ablate.significance import Difference, corrected, paired, smallest, verdicts
 from duc_dlc_jax.ablate.table import Table
 
 COMPARED = ("mIoU", "PA", "boundary IoU")

@@ -12,7 +12,7 @@ from PIL import Image
 
 from duc_dlc_jax.ablate import crops
 from duc_dlc_jax.ablate.results import Results
-from duc_dlc_jax.ablate.statistics import half_width
+from duc_dlc_jax.ablate.significance import half_width
 from duc_dlc_jax.ablate.table import Table
 
 CROPS = "crops.png"

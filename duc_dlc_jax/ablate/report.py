@@ -14,7 +14,7 @@ from duc_dlc_jax import markdown
 from duc_dlc_jax.ablate import answers, plots
 from duc_dlc_jax.ablate.answers import interval
 from duc_dlc_jax.ablate.results import Results
-from duc_dlc_jax.ablate.statistics import half_width, paired, verdicts
+from duc_dlc_jax.ablate.significance import half_width, paired, verdicts
 from duc_dlc_jax.ablate.table import SCORES, Result, Table, code, device, host
 
 
