@@ -18,9 +18,9 @@ from absl import logging
 from duc_dlc_jax import workdirs
 from duc_dlc_jax.config import ConfigError
 from duc_dlc_jax.data.labels import LabelSpec
+from duc_dlc_jax.models.registry import CLASSIFYING
 
 CLASSIFIERS = ("classifier", "aux_classifier")  # their last axis is the train ids
-BY_CLASS = ("dupsampling", "pixel_shuffle")  # classes are mixed: taken for the same ones alone
 MEANING = ("stem", "stride_on", "bn_epsilon")  # of config.model: no shape would betray them
 
 
@@ -66,8 +66,8 @@ def graft(
     for path, value in ours.items():
         part = path.split("/")[1]
         source = theirs.get(path)
-        if part in BY_CLASS and old.classes != new.classes:
-            source = None
+        if part in CLASSIFYING and old.classes != new.classes:
+            source = None  # it mixes the classes
         if source is None:
             result[path] = value
             continue

@@ -301,7 +301,7 @@ def test_evaluation_at_the_pixels_grid_equals_the_argmax_of_the_logits():
         assert (seen["prediction"] == expected).mean() > 0.999
 
 
-@pytest.mark.parametrize("upsampling", grafting.BY_CLASS)
+@pytest.mark.parametrize("upsampling", registry.CLASSIFYING)
 def test_weights_that_mix_classes_are_taken_for_the_same_classes_alone(upsampling):
     specs = [label_spec(name) for name in ("camvid", "scenes")]
     fields = SMALL | {"upsampling": upsampling, "context": "none", "output_stride": 8}

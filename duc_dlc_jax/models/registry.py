@@ -24,14 +24,18 @@ from duc_dlc_jax.models.alternatives.aspp import ASPP
 from duc_dlc_jax.models.alternatives.bilinear import Bilinear
 from duc_dlc_jax.models.alternatives.ccl import CCL
 from duc_dlc_jax.models.alternatives.dense_aspp import DenseASPP
+from duc_dlc_jax.models.alternatives.dupsampling import DUpsampling
 from duc_dlc_jax.models.alternatives.fcn import FCNHead
+from duc_dlc_jax.models.alternatives.guided_filter import GuidedFilter
 from duc_dlc_jax.models.alternatives.jpu import JPU
+from duc_dlc_jax.models.alternatives.pixel_shuffle import PixelShuffle
 from duc_dlc_jax.models.alternatives.psp import PSP
 from duc_dlc_jax.models.dlc import DLC
 from duc_dlc_jax.models.duc import DUC
 
 WIDTHS = {"fcn": 512, "aspp": 256, "dense_aspp": 512, "ccl": 512, "psp": 512}  # published, or [I]
-ON_SCORES = ("dupsampling", "guided_filter", "pixel_shuffle")  # after context: `Segmenter`
+CLASSIFYING = ("dupsampling", "pixel_shuffle")  # upsamplings in the classifier's place
+ON_SCORES = (*CLASSIFYING, "guided_filter")  # after the context
 RATES = {"dense_aspp": (3, 6, 12, 18, 24), "ccl": (3, 6, 12, 18)}
 
 
@@ -104,3 +108,21 @@ def context(net: Any, conv: Any, norm: Any, dropout: Any, valid_sizes: Any) -> C
     if name == "ccl":
         return CCL(width, width // 4, rates, conv, norm, name=name)
     return PSP(width, conv, norm, valid_sizes, name=name)
+
+
+def classified(net: Any, x: jax.Array, size: Sequence[int], conv: Any) -> jax.Array:
+    """The pixels' logits by one of `CLASSIFYING`: x [B, h, w, D] -> [B, *size, classes]."""
+    sides = net.num_classes, net.output_stride
+    if net.upsampling == "dupsampling":
+        return DUpsampling(*sides, net.dupsampling_width, conv, name="dupsampling")(x, size)
+    return PixelShuffle(*sides, conv, name="pixel_shuffle")(x, size)
+
+
+def refined(
+    net: Any, image: jax.Array, logits: jax.Array, conv: Any, valid_sizes: Any
+) -> jax.Array:
+    """The pixels' logits [B, H, W, classes], filtered by the image where the upsampling does so."""
+    if net.upsampling == "guided_filter":
+        module = GuidedFilter(net.guidance_width, conv, valid_sizes, name="guided_filter")
+        return module(image, logits)
+    return logits

@@ -13,9 +13,6 @@ import ml_collections
 
 from duc_dlc_jax.config import ConfigError
 from duc_dlc_jax.models import layers, registry, resizing, valid_cells
-from duc_dlc_jax.models.alternatives.dupsampling import DUpsampling
-from duc_dlc_jax.models.alternatives.guided_filter import GuidedFilter
-from duc_dlc_jax.models.alternatives.pixel_shuffle import PixelShuffle
 from duc_dlc_jax.models.resnet import Bottleneck, ResNet
 
 
@@ -101,7 +98,6 @@ class Segmenter(nn.Module):
             valid_sizes=every if masked else None,
             dtype=self.dtype,
         )
-        resize = partial(resizing.resize_bilinear, valid_sizes=sizes)
         image = layers.normalize(images, self.dtype)
         backbone = ResNet(
             self.depth,
@@ -143,21 +139,16 @@ class Segmenter(nn.Module):
             self.sow("intermediates", "aux_logits", aux)
         if self.context != "aspp":  # which has its own, further up
             x = drop_channels(x)
-        if self.upsampling == "dupsampling":
-            sides = self.num_classes, self.output_stride, self.dupsampling_width
-            return DUpsampling(*sides, conv, name="dupsampling")(x, images.shape[1:3])
-        if self.upsampling == "pixel_shuffle":
-            module = PixelShuffle(self.num_classes, self.output_stride, conv, name="pixel_shuffle")
-            return module(x, images.shape[1:3])
+        if self.upsampling in registry.CLASSIFYING:
+            return registry.classified(self, x, images.shape[1:3], conv)
         logits = self._classify(x, conv, "classifier")
-        if coarse and self.upsampling != "guided_filter":
+        if coarse and self.logit_stride > 1:
             return logits
         stride = registry.context_stride(self.upsampling, self.output_stride)
-        logits = resize(logits, images.shape[1:3], self.resize_grid, 1 / stride)
-        if self.upsampling == "guided_filter":
-            module = GuidedFilter(self.guidance_width, conv, sizes, name="guided_filter")
-            return module(image, logits)
-        return logits
+        logits = resizing.resize_bilinear(
+            logits, images.shape[1:3], self.resize_grid, 1 / stride, valid_sizes=sizes
+        )
+        return registry.refined(self, image, logits, conv, sizes)
 
     def _classify(self, x, conv, name):
         logits = conv(self.num_classes, bias=True, name=name)(x)
