@@ -266,6 +266,15 @@ def test_kinds_of_png_that_are_not_read(two):
             two.inspect()
 
 
+@pytest.mark.parametrize("length", [0, 8, 25])
+def test_a_mask_that_ends_in_its_header_is_named(two, length):
+    two.fill(ids(0, 1))
+    path = two.labels / "i0.png"
+    path.write_bytes(path.read_bytes()[:length])
+    with pytest.raises(DataError, match=rf"i0\.png: not a whole PNG file of {length} bytes"):
+        two.inspect()
+
+
 def test_a_photograph_is_no_mask(two):
     two.fill(ids(0, 1))
     write(two.labels / "i0.png", np.arange(90 * 90, dtype=np.uint16).reshape(90, 90))

@@ -26,7 +26,6 @@ from duc_dlc_jax.data.labels import IGNORE, DataError, LabelSpec, is_known
 from duc_dlc_jax.data.pairs import CLASSES, Pair, find_pairs
 from duc_dlc_jax.progress import Progress
 
-_PNG = b"\x89PNG\r\n\x1a\n"
 PNG_KINDS = {  # (bits, colour type) of a PNG's header
     (1, 0): "1-bit ids",
     (8, 0): "grey ids",
@@ -220,8 +219,7 @@ def _scan_or_message(pair: Pair) -> Scan | str:
 
 def _scan(pair: Pair) -> Scan:
     """Reads one pair; raises DataError for what preparing the pair would refuse."""
-    _, *size = codec.check_image(pair.image.read_bytes(), str(pair.image))
-    height, width = size
+    height, width = codec.check_image(pair.image.read_bytes(), str(pair.image))[1].shape[:2]
     if pair.mask is None:
         return Scan(pair, (height, width))
     data, where = pair.mask.read_bytes(), str(pair.mask)
@@ -247,17 +245,18 @@ def _scan(pair: Pair) -> Scan:
 
 def _kind(data: bytes, where: str) -> str:
     """Returns what a mask holds by its header; raises DataError for kinds that are not read."""
-    if not data.startswith(_PNG):
-        what = "a JPEG" if data.startswith(b"\xff\xd8") else "not a PNG"
+    header = codec.png_header(data)
+    if header is None:
+        what = "a JPEG" if data.startswith(b"\xff\xd8") else "not a whole PNG"
         raise DataError(f"{where}: {what} file of {len(data)} bytes; masks must be PNG files")
-    bits, colour_type = data[24], data[25]
-    if (bits, colour_type) not in PNG_KINDS:
+    if header not in PNG_KINDS:
+        bits, colour_type = header
         sort = COLOUR_TYPES.get(colour_type, f"colour type {colour_type}")
         raise DataError(
             f"{where}: its pixels are {bits}-bit {sort}; masks must be PNG files of 8- or 16-bit "
             "grey, of palette indices or of 8-bit RGB"
         )
-    return PNG_KINDS[bits, colour_type]
+    return PNG_KINDS[header]
 
 
 def _count(raw: np.ndarray) -> dict[int, int]:

@@ -43,7 +43,7 @@ class Input:
             if self.is_video:
                 return Video(self.path).size
             with Image.open(self.path) as image:
-                turned = image.getexif().get(codec.ORIENTATION, 1) >= 5
+                turned = codec.exif_orientation(image) >= 5
                 return (image.width, image.height) if turned else (image.height, image.width)
         except (DataError, OSError, ValueError, SyntaxError, Image.DecompressionBombError):
             return None  # reading it will say why
@@ -52,7 +52,7 @@ class Input:
         """RGB uint8 [H, W, 3], turned as its EXIF orientation says, or why it cannot be read."""
         try:
             return codec.decode_image(self.path.read_bytes(), str(self.path))
-        except (DataError, OSError, cv2.error) as error:
+        except (DataError, OSError) as error:
             return str(error) if str(self.path) in str(error) else f"{self.path}: {error}"
 
 
