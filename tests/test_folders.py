@@ -178,6 +178,39 @@ def test_the_trap_of_0_and_255(two):
 
 
 @pytest.mark.parametrize(
+    ("values", "near"),
+    [
+        ((0, 255, 254), "254"),
+        ((0, 128, 255), "128"),
+        ((0, 64, 128, 192, 255), "64, 128, 192"),
+        ((250, 251, 255), "250, 251"),
+    ],
+)
+def test_grey_levels_below_255_are_the_same_trap(two, values, near):
+    two.fill(ids(0, 255))
+    bad = two.add("z", ids(*values))
+    with pytest.raises(
+        DataError, match=rf"hold {near} beside 255, and 255 means ignore.*--binary.*--classes"
+    ) as error:
+        two.inspect()
+    assert str(error.value).startswith(f"{bad}: ")
+    spec = two.inspect({"dark": 0, **{str(v): v for v in values if v}}).spec
+    assert IGNORE not in spec.raw_to_train.values()
+
+
+def test_sixteen_bit_levels_are_the_same_trap(two):
+    with pytest.raises(DataError, match="hold 300 beside 255, and 255 means ignore"):
+        two.fill(ids(0, 255, 300, dtype=np.uint16)).inspect()
+
+
+@pytest.mark.parametrize("values", [(0, 1, 255), (0, 3, 15, 20, 255), (1, 63, 255)])
+def test_ids_with_gaps_leave_255_ignored(two, values):
+    """A few images of PASCAL VOC have 0, some of 1..20, and 255 as border."""
+    spec = two.fill(ids(*values)).inspect().spec
+    assert spec.raw_to_train == {v: k for k, v in enumerate(values[:-1])} | {255: IGNORE}
+
+
+@pytest.mark.parametrize(
     ("mask", "top"), [(rgb((0, 0, 0), (255,) * 3), 0xFFFFFF), (ids(0, 1).astype(bool), 1)]
 )
 def test_binary_masks_of_other_kinds(two, mask, top):

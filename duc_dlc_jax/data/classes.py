@@ -184,8 +184,9 @@ def infer_spec(
       binary: 0 (or black) is "background" and 255 (or white, or 1 of 1-bit masks) "foreground".
 
     Raises:
-      DataError: values outside the file of classes, or of the other sort; 0 and 255 alone; more
-        than `MOST_VALUES` values without a file; less than two classes.
+      DataError: values outside the file of classes, or of the other sort; 0 and 255 alone;
+        without a file, values near an ignored one or more than `MOST_VALUES`; less than two
+        classes.
     """
     if binary and declared:
         raise DataError(f"--binary names the two classes itself: leave out --classes={source}")
@@ -254,6 +255,7 @@ def _unnamed(outside: list[int], values: Values, source: str) -> str:
 def _occurring_ids(values: Values, reserved: set[int]) -> dict[int, str]:
     """Returns class names by raw id, ascending."""
     _refuse_binary(values)
+    _refuse_levels(values, reserved)
     raw_ids = sorted(set(values.first) - reserved)
     if len(raw_ids) > MOST_VALUES:
         raise DataError(
@@ -277,6 +279,23 @@ def _refuse_binary(values: Values) -> None:
             "foreground would vanish. If 255 is a class, use --binary (0 background, 255 "
             'foreground), or name it in --classes: {"background": 0, "thing": 255}'
         )
+
+
+def _refuse_levels(values: Values, reserved: set[int]) -> None:
+    """Raises DataError where an ignored value may be the top of grey levels rather than ignored.
+
+    Ids are small numbers and what is ignored stands apart: beside it no other may reach a quarter
+    of it. PASCAL VOC's 0..20 pass, with gaps too; 254, 128 and what smoothing makes do not.
+    """
+    for top in sorted(reserved & set(values.first)):
+        near = sorted(raw for raw in set(values.first) - reserved if 4 * raw > top)
+        if near:
+            raise DataError(
+                f"{values.first[near[0]]}: the masks hold {values.written(near)} beside {top}, and "
+                f"{top} means ignore: if these are grey levels, all that is white would vanish. "
+                f"Masks of one class are --binary; else name every id in --classes, and {top} too "
+                f'if it is a class: {{"background": 0, "thing": {top}}}. {_in_between(values)}'
+            )
 
 
 def _palette(values: Values, raw_ids: list[int]) -> tuple[tuple[int, int, int], ...]:

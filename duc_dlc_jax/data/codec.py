@@ -98,7 +98,7 @@ def exif_orientation(image: Image.Image) -> int:
 
 
 def png_header(data: bytes) -> tuple[int, int] | None:
-    """Returns bits a channel and colour type of a PNG file; None of others and of its first 25 B."""
+    """Returns bits a channel and colour type of a PNG file; None of others and of shorter ones."""
     return (data[24], data[25]) if data.startswith(_PNG) and len(data) > 25 else None
 
 
