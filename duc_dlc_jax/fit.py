@@ -24,6 +24,7 @@ from ml_collections import config_flags
 from duc_dlc_jax import cli, plans, storage
 from duc_dlc_jax import config as config_lib
 from duc_dlc_jax.data import builders, folders, labels, prepare
+from duc_dlc_jax.data.builders.files import walk
 from duc_dlc_jax.models import segmenter
 from duc_dlc_jax.train import train
 
@@ -64,9 +65,9 @@ class Request:
             del chosen[name]  # the folders may move; their content counts
         roots = [("images", Path(self.images)), ("labels", Path(self.labels))]
         files = {
-            f"{kind}/{path.relative_to(root).as_posix()}": path.stat().st_size
+            f"{kind}/{name}": path.stat().st_size
             for kind, root in roots
-            for path in sorted(root.rglob("*"))
+            for name, path in walk(root).items()
             if path.is_file()
         }
         if self.classes:

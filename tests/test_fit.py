@@ -268,6 +268,13 @@ def test_other_flags_need_another_workdir(fitted, two, tmp_path):
         fit.fit(request(two), tmp_path)
 
 
+def test_files_of_linked_folders_are_recorded(two, tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "more").symlink_to(two.images)
+    linked = request(two, images=str(tmp_path / "images")).record()["files"]
+    assert "images/more/0.png" in linked
+
+
 def test_a_terminal_is_asked(two, tmp_path, monkeypatch):
     monkeypatch.setattr(plans, "step_seconds", lambda plan: None)
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)

@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import os
 import pathlib
+import unicodedata
 
 import numpy as np
 import pytest
@@ -326,6 +328,34 @@ def test_endings_and_folders(two):
     two.add("night/road_mask", ids(0, 1))
     names = [scan.pair.name for scans in two.inspect().scans.values() for scan in scans]
     assert sorted(names) == ["day/a", "day/b", "night/a", "night/road_mask"]
+
+
+def test_accents_of_two_forms_are_one_name(two):
+    two.fill(ids(0, 1), 3)
+    for root, form, suffix in ((two.images, "NFD", ".jpg"), (two.labels, "NFC", ".png")):
+        path = root / f"i0{suffix}"
+        path.rename(root / unicodedata.normalize(form, f"Größe{suffix}"))
+    names = [scan.pair.name for scans in two.inspect().scans.values() for scan in scans]
+    assert unicodedata.normalize("NFC", "Größe") in names
+
+
+def test_names_that_are_not_utf_8_are_refused(two):
+    two.fill(ids(0, 1))
+    (two.images / "i0.jpg").rename(two.images / os.fsdecode(b"stra\xdfe.jpg"))
+    with pytest.raises(DataError, match=r"images: the name b'stra\\xdfe\.jpg' in it is not UTF-8"):
+        two.inspect()
+
+
+def test_linked_folders_are_followed_and_no_circle(two, tmp_path):
+    """The splits lie elsewhere; a link back to where one is ends there."""
+    elsewhere = Folders(tmp_path / "elsewhere").fill(ids(0, 1))
+    for here, there in ((two.images, elsewhere.images), (two.labels, elsewhere.labels)):
+        here.mkdir()
+        for split in ("train", "val"):
+            (here / split).symlink_to(there)
+        (here / "back").symlink_to(here)
+        (there / "up").symlink_to(tmp_path)
+    assert two.inspect().counts == {"train": 4, "val": 4}
 
 
 def test_two_masks_of_one_image(two):

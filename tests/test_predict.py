@@ -167,6 +167,9 @@ def test_files_folders_and_patterns_are_found_under_names_of_their_own(tmp_path)
     ):
         with pytest.raises(FileNotFoundError, match=rf"--input=\S+: {reason}"):
             names(text)
+    (tmp_path / "links" / "way").mkdir(parents=True)
+    (tmp_path / "links" / "way" / "b").symlink_to(tmp_path / "b")
+    assert set(names("links")) == {"way_b_x_jpg", "way_b_x_png"}
 
 
 def test_what_a_folder_has_besides_is_counted(tmp_path, caplog):
