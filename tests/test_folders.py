@@ -445,6 +445,15 @@ def test_one_broken_file_and_one_of_another_size(two):
     assert "Left out  2:" in "\n".join(found.lines())
 
 
+def test_nothing_labelled_is_left(two):
+    """But an image of test, which needs no mask."""
+    for i in range(3):
+        two.add(f"train/{i}", ids(0, 1)[:, :9])
+    write(two.images / "test" / "a.png", picture())
+    with pytest.raises(DataError, match=r"3 of the files .*without them no mask is left"):
+        two.inspect(skip_bad=True)
+
+
 # Splits
 
 
@@ -485,6 +494,19 @@ def test_folders_of_splits(two):
     two.add("b", ids(0, 1))
     with pytest.raises(DataError, match=r"lies in a folder of a split, .*b\.jpg does not"):
         two.inspect()
+
+
+def test_a_val_that_is_lost_is_not_drawn_anew(two):
+    for i in range(4):
+        two.add(f"train/{i}", ids(0, 1))
+    bad = two.add("validation/a", ids(0, 1)[:, :9])
+    with pytest.raises(DataError, match=r"images/validation: no image in it can be used"):
+        two.inspect(skip_bad=True)
+    bad.unlink()
+    with pytest.raises(DataError, match=r"images/validation: no image in it can be used"):
+        two.inspect(skip_bad=True)
+    two.add("validation/b", ids(0, 1))
+    assert two.inspect(skip_bad=True).counts == {"train": 4, "val": 1}
 
 
 def test_a_folder_train_alone_gives_its_val(two):

@@ -23,7 +23,7 @@ from duc_dlc_jax.data.builders.examples import in_threads
 from duc_dlc_jax.data.builders.files import File
 from duc_dlc_jax.data.builders.sources import Item
 from duc_dlc_jax.data.labels import IGNORE, DataError, LabelSpec, is_known
-from duc_dlc_jax.data.pairs import CLASSES, Pair, find_pairs
+from duc_dlc_jax.data.pairs import CLASSES, Pair, find_pairs, folder_split
 from duc_dlc_jax.progress import Progress
 
 PNG_KINDS = {  # (bits, colour type) of a PNG's header
@@ -174,21 +174,47 @@ def inspect(
     found, alone, others = find_pairs(images_dir, labels_dir)
     scans, broken = _scan_all(found)
     left_out = [*alone, *broken]
-    if left_out and not (skip_bad and scans):
-        raise DataError(
-            f"{len(left_out)} of the files in {images_dir} and {labels_dir} cannot be used. Mend "
-            "or remove them, or leave them out with --skip_bad; with --plan_only fit shows what "
-            "then remains:\n" + "\n".join(_listed(left_out))
+    labelled = any(scan.kind for scan in scans)
+    if left_out and not (skip_bad and labelled):
+        way_out = (
+            "without them no mask is left. Mend them"
+            if skip_bad
+            else "Mend or remove them, or leave them out with --skip_bad; with --plan_only fit "
+            "shows what then remains"
         )
-    if classes_file is None:
-        beside = (labels_dir / CLASSES, labels_dir.parent / CLASSES)
-        classes_file = next((path for path in beside if path.is_file()), None)
+        raise DataError(
+            f"{len(left_out)} of the files in {images_dir} and {labels_dir} cannot be used. "
+            + "\n".join([f"{way_out}:", *_listed(left_out)])
+        )
+    classes_file = find_classes(labels_dir, classes_file)
     declared = classes.read_classes(classes_file) if classes_file else None
     values = _values(scans, bool(declared and declared[0].colour))
     spec = classes.infer_spec(name, values, declared, str(classes_file), binary)
     by_split, split_by = _split(scans, seed, val_share)
+    if not any(scan.pair.split == "val" for scan in scans):
+        _refuse_lost_val(images_dir)
     source = "--binary" if binary else classes_file or "their values"
     return Inspection(spec, by_split, values.kind, split_by, str(source), tuple(left_out), others)
+
+
+def find_classes(
+    labels_dir: pathlib.Path, given: str | pathlib.Path | None = None
+) -> str | pathlib.Path | None:
+    """Returns the file of classes: the one that is given, or one in or beside the folder."""
+    if given is not None:
+        return given
+    beside = (labels_dir / CLASSES, labels_dir.parent / CLASSES)
+    return next((path for path in beside if path.is_file()), None)
+
+
+def _refuse_lost_val(images_dir: pathlib.Path) -> None:
+    """Raises DataError where there is a folder val: a drawn split would take its place."""
+    for path in sorted(images_dir.iterdir()):
+        if path.is_dir() and folder_split(f"{path.name}/") == "val":
+            raise DataError(
+                f"{path}: no image in it can be used, and a share of the others would be held "
+                "back in its place. Mend its images and their masks, or remove or rename the folder"
+            )
 
 
 def _check_name(name: str) -> None:
