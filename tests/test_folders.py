@@ -537,6 +537,12 @@ def test_records_of_real_scenes_are_what_was_drawn(two, tmp_path):
     other = dataclasses.replace(found.spec, classes=found.spec.classes[::-1])
     with pytest.raises(DataError, match=r"prepared with other classes; delete that folder"):
         prepare_folders(dataclasses.replace(found, spec=other), tmp_path / "data")
+    renamed = {
+        split: [dataclasses.replace(s, pair=dataclasses.replace(s.pair, name="x")) for s in scans]
+        for split, scans in found.scans.items()
+    }
+    with pytest.raises(DataError, match="prepared from images of other names or splits; delete"):
+        prepare_folders(dataclasses.replace(found, scans=renamed), tmp_path / "data")
     fewer = {"val": found.scans["val"]}
     with pytest.raises(DataError, match=r"--images: 1 val images, but .* prepared from 2 train"):
         prepare_folders(dataclasses.replace(found, scans=fewer), tmp_path / "data")

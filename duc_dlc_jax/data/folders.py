@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import io
+import json
 import pathlib
 import re
 import statistics
@@ -87,6 +88,11 @@ class Inspection:
     def items(self) -> dict[str, list[Item]]:
         """Returns the pairs by split, for `prepare.build`."""
         return {split: [_item(s.pair) for s in scans] for split, scans in self.scans.items()}
+
+    def fingerprint(self) -> str:
+        """Returns a SHA-256, hex, of the names of the images in each split."""
+        names = {split: sorted(s.pair.name for s in scans) for split, scans in self.scans.items()}
+        return hashlib.sha256(json.dumps(names, sort_keys=True).encode()).hexdigest()
 
     def sizes(self, split: str) -> list[tuple[int, int]]:
         """Returns (height, width) of each image of a split, pixels."""
