@@ -471,6 +471,13 @@ def test_the_split_follows_from_names_and_seed(two):
     assert {name for name in after if int(name[1:]) < 40} == before
 
 
+def test_the_share_that_is_held_back_is_the_one_asked_for():
+    scans = [folders.Scan(folders.Pair(f"i{i}", pathlib.Path(), None), (H, W)) for i in range(400)]
+    for share in (0.15, 0.4):
+        held = len(folders._split(scans, 0, share)[0]["val"])
+        assert abs(held / 400 - share) < 0.04
+
+
 @pytest.mark.parametrize("count", [2, 3])
 def test_both_splits_have_an_image(two, count):
     for share in (0.001, 0.15, 0.999):
