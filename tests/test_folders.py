@@ -450,7 +450,7 @@ def test_nothing_labelled_is_left(two):
     for i in range(3):
         two.add(f"train/{i}", ids(0, 1)[:, :9])
     write(two.images / "test" / "a.png", picture())
-    with pytest.raises(DataError, match=r"3 of the files .*without them no mask is left"):
+    with pytest.raises(DataError, match=r"3 of the files .*Without them no mask is left"):
         two.inspect(skip_bad=True)
 
 

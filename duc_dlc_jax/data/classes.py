@@ -112,11 +112,14 @@ def _id(value: Any) -> int:
 def _colour(value: Any) -> int:
     if isinstance(value, str) and re.fullmatch(r"#?[0-9a-fA-F]{6}", value):
         return int(value.removeprefix("#"), 16)
-    parts = value if isinstance(value, list) else []
-    if len(parts) == 3 and all(type(v) is int and 0 <= v < 256 for v in parts):
+    if isinstance(value, list) and len(value) == 3 and all(map(_is_level, value)):
         red, green, blue = value
         return red << 16 | green << 8 | blue
     raise DataError(f'color {value!r}; allowed: "#RRGGBB" or [red, green, blue] of 0..255')
+
+
+def _is_level(value: Any) -> bool:
+    return type(value) is int and value in range(256)  # neither true nor 255.0
 
 
 def _check(path: pathlib.Path, declared: list[Declared]) -> None:

@@ -183,7 +183,7 @@ def inspect(
     labelled = any(scan.kind for scan in scans)
     if left_out and not (skip_bad and labelled):
         way_out = (
-            "without them no mask is left. Mend them"
+            "Without them no mask is left: mend them"
             if skip_bad
             else "Mend or remove them, or leave them out with --skip_bad; with --plan_only fit "
             "shows what then remains"
