@@ -23,7 +23,8 @@ from ml_collections import config_flags
 
 from duc_dlc_jax import cli, plans, storage
 from duc_dlc_jax import config as config_lib
-from duc_dlc_jax.data import builders, folders, labels, prepare
+from duc_dlc_jax.data import builders, classes, folders, labels, prepare
+from duc_dlc_jax.data.builders.files import walk
 from duc_dlc_jax.models import segmenter
 from duc_dlc_jax.train import train
 
@@ -58,20 +59,26 @@ class Request:
         )
 
     def record(self) -> dict[str, Any]:
-        """Returns what a later call compares itself with: the flags, and the files by size."""
+        """Returns what a later call compares itself with: flags, classes, and the files by size.
+
+        No classes where the folder of masks is gone, unless they are given.
+        """
         chosen = dataclasses.asdict(self) | {"fields": dict(sorted(self.fields.items()))}
-        for name in ("images", "labels"):
-            del chosen[name]  # the folders may move; their content counts
+        for name in ("images", "labels", "classes"):
+            del chosen[name]  # the files may move; their content counts
         roots = [("images", Path(self.images)), ("labels", Path(self.labels))]
         files = {
-            f"{kind}/{path.relative_to(root).as_posix()}": path.stat().st_size
+            f"{kind}/{name}": path.stat().st_size
             for kind, root in roots
-            for path in sorted(root.rglob("*"))
+            for name, path in walk(root).items()
             if path.is_file()
         }
-        if self.classes:
-            files["classes"] = Path(self.classes).stat().st_size
-        return json.loads(json.dumps({"flags": chosen, "files": files}))
+        record: dict[str, Any] = {"flags": chosen, "files": files}
+        path = folders.find_classes(Path(self.labels), self.classes)
+        if path or Path(self.labels).is_dir():
+            entries = classes.read_classes(path) if path else []
+            record["classes"] = [dataclasses.asdict(entry) for entry in entries]
+        return json.loads(json.dumps(record))
 
 
 def fit(request: Request, workdir: Path, *, yes: bool = False, command: str = "") -> dict | None:
@@ -165,7 +172,7 @@ def _write(workdir: Path, request: Request, plan: plans.Plan, notes: list[str]) 
 
 
 def _check_record(workdir: Path, request: Request) -> None:
-    """Raises ConfigError for flags that differ from the plan's; says which files changed."""
+    """Raises ConfigError for flags or classes other than the plan's; says which files changed."""
     path = workdir / RECORD_FILE
     if not path.is_file():
         raise config_lib.ConfigError(
@@ -181,6 +188,11 @@ def _check_record(workdir: Path, request: Request) -> None:
         raise config_lib.ConfigError(
             f"{workdir} was planned with other flags ({differ}). Edit {workdir / PLAN_FILE} and "
             "repeat the first command, or give another --workdir"
+        )
+    if "classes" in old and new.get("classes", old["classes"]) != old["classes"]:
+        raise config_lib.ConfigError(
+            f"{workdir} was planned with other classes; {path} has them. Give the file of classes "
+            "as it was, or another --workdir"
         )
     before, now = old["files"], new["files"]
     moved = [

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 import layouts
 from duc_dlc_jax import config as configuration
@@ -278,13 +279,62 @@ def test_two_sizes_are_both_given(tmp_path):
         make_example(sources.Item("i", files.File(image), files.File(label)), label_spec("camvid"))
 
 
-def test_exif_orientation_is_applied_everywhere(tmp_path):
-    exif = Image.Exif()
-    exif[274] = 6  # to be turned by 90 degrees
-    path = write(tmp_path / "turned.jpg", picture(), exif=exif)
-    kind, height, width = codec.check_image(path.read_bytes(), str(path))
+def oriented(value: int, kind: int = 3) -> bytes:
+    """EXIF data with an orientation; kind: of the number, 3 for the usual short."""
+    entry = struct.pack("<HHI", 274, kind, 1) + struct.pack("<I", value)
+    return b"Exif\0\0II*\0" + struct.pack("<IH", 8, 1) + entry + bytes(4)
+
+
+XMP = b"""<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF
+ xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#"><rdf:Description
+ xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="6"/></rdf:RDF></x:xmpmeta>"""
+
+
+@pytest.mark.parametrize(
+    ("options", "orientation"),
+    [
+        ({"exif": oriented(6)}, 6),  # to be turned by 90 degrees
+        ({"xmp": XMP}, 1),
+        ({"exif": oriented(1), "xmp": XMP}, 1),
+        ({"exif": oriented(9)}, 1),
+        ({"exif": oriented(0, kind=2)}, 1),  # text
+        ({"exif": b"Exif\0\0II*\0"}, 1),
+    ],
+)
+def test_the_decoder_alone_says_how_an_image_lies(tmp_path, options, orientation):
+    path = write(tmp_path / "turned.jpg", picture(), **options)
+    kind, image = codec.check_image(path.read_bytes(), str(path))
     assert kind == "jpeg"
-    assert (height, width) == (W, H) == codec.decode_image(path.read_bytes(), "turned").shape[:2]
+    assert image.shape == ((W, H, 3) if orientation == 6 else (H, W, 3))
+    np.testing.assert_array_equal(image, codec.decode_image(path.read_bytes(), "turned"))
+    with Image.open(path) as header:
+        assert codec.exif_orientation(header) == orientation
+
+
+def test_a_photo_with_a_second_picture_in_it_is_the_first(tmp_path):
+    """MPO, as phones write it."""
+    path, alone = tmp_path / "a.jpg", write(tmp_path / "b.jpg", picture())
+    rest = Image.fromarray(picture(1)[:6])
+    Image.fromarray(picture()).save(path, "MPO", save_all=True, append_images=[rest])
+    kind, image = codec.check_image(path.read_bytes(), str(path))
+    assert kind == "jpeg"
+    np.testing.assert_array_equal(image, codec.decode_image(alone.read_bytes(), "b"))
+
+
+def test_whatever_pillow_raises_names_the_file(tmp_path):
+    """Text that unpacks to more than 1 MB is a ValueError of Pillow's."""
+    text = PngInfo()
+    text.add_text("much", "x" * 2_000_000, zip=True)
+    path = write(tmp_path / "much.png", picture(), pnginfo=text)
+    with pytest.raises(DataError, match=r"much\.png: unreadable or truncated image: Decompressed"):
+        codec.check_image(path.read_bytes(), str(path))
+
+
+def test_what_opencv_does_not_decode_is_found_when_preparing(tmp_path, monkeypatch):
+    path = write(tmp_path / "a.jpg", picture())
+    monkeypatch.setattr(codec.cv2, "imdecode", lambda data, how: None)
+    with pytest.raises(DataError, match=r"a\.jpg: \d+ bytes that are not a readable image"):
+        codec.check_image(path.read_bytes(), str(path))
 
 
 @pytest.mark.real_data

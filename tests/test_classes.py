@@ -13,6 +13,7 @@ from duc_dlc_jax.data.labels import DataError
     [
         ({"a": 0, "b": "red"}, r"entry 1, 'b': color 'red'; allowed: \"#RRGGBB\""),
         ({"a": 0, "b": 1.5}, r"entry 1, 'b': color 1.5"),
+        ([{"name": "a", "color": [255.0, 0, 0]}], r"entry 0, 'a': color \[255.0, 0, 0\]; allowed"),
         (["a", 3], "entry 1, None: not understood"),
         ([{"name": "a", "id": 0}, {"name": "b"}], "entry 1, 'b': has neither id nor color"),
         ([{"name": "a", "id": -1}, "b"], "entry 0, 'a': id -1; allowed: whole numbers 0..65535"),

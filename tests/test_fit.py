@@ -268,6 +268,36 @@ def test_other_flags_need_another_workdir(fitted, two, tmp_path):
         fit.fit(request(two), tmp_path)
 
 
+def test_the_content_of_the_file_of_classes_counts(two, tmp_path, monkeypatch):
+    """By whatever path it is given, and where it is found beside the masks."""
+    names = [f"c{i}" for i in range(8)]
+    monkeypatch.chdir(tmp_path)
+    file, beside = tmp_path / "c.json", two.labels.parent / "classes.json"
+    file.write_text(json.dumps(names))
+    given = request(two, classes=str(file))
+    fit._write(tmp_path, given, plans.make(inspection(), CPU, {}), [])
+    fit._check_record(tmp_path, given)
+    fit._check_record(tmp_path, request(two, classes="c.json"))
+    beside.write_text(json.dumps(names, indent=1))
+    try:
+        fit._check_record(tmp_path, request(two))
+        beside.write_text(json.dumps(names[::-1]))
+        with pytest.raises(config_lib.ConfigError, match=r"other classes; .*fit\.json has them"):
+            fit._check_record(tmp_path, request(two))
+    finally:
+        beside.unlink()
+    with pytest.raises(config_lib.ConfigError, match="other classes"):
+        fit._check_record(tmp_path, request(two))
+    fit._check_record(tmp_path, request(two, labels=str(tmp_path / "gone")))
+
+
+def test_files_of_linked_folders_are_recorded(two, tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "more").symlink_to(two.images)
+    linked = request(two, images=str(tmp_path / "images")).record()["files"]
+    assert "images/more/0.png" in linked
+
+
 def test_a_terminal_is_asked(two, tmp_path, monkeypatch):
     monkeypatch.setattr(plans, "step_seconds", lambda plan: None)
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)

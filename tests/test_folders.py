@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import os
 import pathlib
+import unicodedata
 
 import numpy as np
 import pytest
@@ -178,6 +180,39 @@ def test_the_trap_of_0_and_255(two):
 
 
 @pytest.mark.parametrize(
+    ("values", "near"),
+    [
+        ((0, 255, 254), "254"),
+        ((0, 128, 255), "128"),
+        ((0, 64, 128, 192, 255), "64, 128, 192"),
+        ((250, 251, 255), "250, 251"),
+    ],
+)
+def test_grey_levels_below_255_are_the_same_trap(two, values, near):
+    two.fill(ids(0, 255))
+    bad = two.add("z", ids(*values))
+    with pytest.raises(
+        DataError, match=rf"hold {near} beside 255, and 255 means ignore.*--binary.*--classes"
+    ) as error:
+        two.inspect()
+    assert str(error.value).startswith(f"{bad}: ")
+    spec = two.inspect({"dark": 0, **{str(v): v for v in values if v}}).spec
+    assert IGNORE not in spec.raw_to_train.values()
+
+
+def test_sixteen_bit_levels_are_the_same_trap(two):
+    with pytest.raises(DataError, match="hold 300 beside 255, and 255 means ignore"):
+        two.fill(ids(0, 255, 300, dtype=np.uint16)).inspect()
+
+
+@pytest.mark.parametrize("values", [(0, 1, 255), (0, 3, 15, 20, 255), (1, 63, 255)])
+def test_ids_with_gaps_leave_255_ignored(two, values):
+    """A few images of PASCAL VOC have 0, some of 1..20, and 255 as border."""
+    spec = two.fill(ids(*values)).inspect().spec
+    assert spec.raw_to_train == {v: k for k, v in enumerate(values[:-1])} | {255: IGNORE}
+
+
+@pytest.mark.parametrize(
     ("mask", "top"), [(rgb((0, 0, 0), (255,) * 3), 0xFFFFFF), (ids(0, 1).astype(bool), 1)]
 )
 def test_binary_masks_of_other_kinds(two, mask, top):
@@ -266,6 +301,15 @@ def test_kinds_of_png_that_are_not_read(two):
             two.inspect()
 
 
+@pytest.mark.parametrize("length", [0, 8, 25])
+def test_a_mask_that_ends_in_its_header_is_named(two, length):
+    two.fill(ids(0, 1))
+    path = two.labels / "i0.png"
+    path.write_bytes(path.read_bytes()[:length])
+    with pytest.raises(DataError, match=rf"i0\.png: not a whole PNG file of {length} bytes"):
+        two.inspect()
+
+
 def test_a_photograph_is_no_mask(two):
     two.fill(ids(0, 1))
     write(two.labels / "i0.png", np.arange(90 * 90, dtype=np.uint16).reshape(90, 90))
@@ -284,6 +328,34 @@ def test_endings_and_folders(two):
     two.add("night/road_mask", ids(0, 1))
     names = [scan.pair.name for scans in two.inspect().scans.values() for scan in scans]
     assert sorted(names) == ["day/a", "day/b", "night/a", "night/road_mask"]
+
+
+def test_accents_of_two_forms_are_one_name(two):
+    two.fill(ids(0, 1), 3)
+    for root, form, suffix in ((two.images, "NFD", ".jpg"), (two.labels, "NFC", ".png")):
+        path = root / f"i0{suffix}"
+        path.rename(root / unicodedata.normalize(form, f"Größe{suffix}"))
+    names = [scan.pair.name for scans in two.inspect().scans.values() for scan in scans]
+    assert unicodedata.normalize("NFC", "Größe") in names
+
+
+def test_names_that_are_not_utf_8_are_refused(two):
+    two.fill(ids(0, 1))
+    (two.images / "i0.jpg").rename(two.images / os.fsdecode(b"stra\xdfe.jpg"))
+    with pytest.raises(DataError, match=r"images: the name b'stra\\xdfe\.jpg' in it is not UTF-8"):
+        two.inspect()
+
+
+def test_linked_folders_are_followed_and_no_circle(two, tmp_path):
+    """The splits lie elsewhere; a link back to where one is ends there."""
+    elsewhere = Folders(tmp_path / "elsewhere").fill(ids(0, 1))
+    for here, there in ((two.images, elsewhere.images), (two.labels, elsewhere.labels)):
+        here.mkdir()
+        for split in ("train", "val"):
+            (here / split).symlink_to(there)
+        (here / "back").symlink_to(here)
+        (there / "up").symlink_to(tmp_path)
+    assert two.inspect().counts == {"train": 4, "val": 4}
 
 
 def test_two_masks_of_one_image(two):
@@ -373,6 +445,15 @@ def test_one_broken_file_and_one_of_another_size(two):
     assert "Left out  2:" in "\n".join(found.lines())
 
 
+def test_nothing_labelled_is_left(two):
+    """But an image of test, which needs no mask."""
+    for i in range(3):
+        two.add(f"train/{i}", ids(0, 1)[:, :9])
+    write(two.images / "test" / "a.png", picture())
+    with pytest.raises(DataError, match=r"3 of the files .*Without them no mask is left"):
+        two.inspect(skip_bad=True)
+
+
 # Splits
 
 
@@ -388,6 +469,13 @@ def test_the_split_follows_from_names_and_seed(two):
         two.add(f"i{i}", ids(0, 1))
     after = val()
     assert {name for name in after if int(name[1:]) < 40} == before
+
+
+def test_the_share_that_is_held_back_is_the_one_asked_for():
+    scans = [folders.Scan(folders.Pair(f"i{i}", pathlib.Path(), None), (H, W)) for i in range(400)]
+    for share in (0.15, 0.4):
+        held = len(folders._split(scans, 0, share)[0]["val"])
+        assert abs(held / 400 - share) < 0.04
 
 
 @pytest.mark.parametrize("count", [2, 3])
@@ -413,6 +501,19 @@ def test_folders_of_splits(two):
     two.add("b", ids(0, 1))
     with pytest.raises(DataError, match=r"lies in a folder of a split, .*b\.jpg does not"):
         two.inspect()
+
+
+def test_a_val_that_is_lost_is_not_drawn_anew(two):
+    for i in range(4):
+        two.add(f"train/{i}", ids(0, 1))
+    bad = two.add("validation/a", ids(0, 1)[:, :9])
+    with pytest.raises(DataError, match=r"images/validation: no image in it can be used"):
+        two.inspect(skip_bad=True)
+    bad.unlink()
+    with pytest.raises(DataError, match=r"images/validation: no image in it can be used"):
+        two.inspect(skip_bad=True)
+    two.add("validation/b", ids(0, 1))
+    assert two.inspect(skip_bad=True).counts == {"train": 4, "val": 1}
 
 
 def test_a_folder_train_alone_gives_its_val(two):
@@ -443,6 +544,12 @@ def test_records_of_real_scenes_are_what_was_drawn(two, tmp_path):
     other = dataclasses.replace(found.spec, classes=found.spec.classes[::-1])
     with pytest.raises(DataError, match=r"prepared with other classes; delete that folder"):
         prepare_folders(dataclasses.replace(found, spec=other), tmp_path / "data")
+    renamed = {
+        split: [dataclasses.replace(s, pair=dataclasses.replace(s.pair, name="x")) for s in scans]
+        for split, scans in found.scans.items()
+    }
+    with pytest.raises(DataError, match="prepared from images of other names or splits; delete"):
+        prepare_folders(dataclasses.replace(found, scans=renamed), tmp_path / "data")
     fewer = {"val": found.scans["val"]}
     with pytest.raises(DataError, match=r"--images: 1 val images, but .* prepared from 2 train"):
         prepare_folders(dataclasses.replace(found, scans=fewer), tmp_path / "data")

@@ -167,6 +167,9 @@ def test_files_folders_and_patterns_are_found_under_names_of_their_own(tmp_path)
     ):
         with pytest.raises(FileNotFoundError, match=rf"--input=\S+: {reason}"):
             names(text)
+    (tmp_path / "links" / "way").mkdir(parents=True)
+    (tmp_path / "links" / "way" / "b").symlink_to(tmp_path / "b")
+    assert set(names("links")) == {"way_b_x_jpg", "way_b_x_png"}
 
 
 def test_what_a_folder_has_besides_is_counted(tmp_path, caplog):
@@ -193,13 +196,20 @@ def test_nothing_readable_is_code_2_and_leaves_nothing(tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_headers_say_the_size_of_the_turned_image(tmp_path, orientation):
+def test_headers_say_the_size_of_the_turned_image(tmp_path, orientation, suffix):
     exif = Image.Exif()
     exif[274] = orientation
-    Image.new("RGB", (30, 20)).save(tmp_path / "x.jpg", exif=exif)
-    (source,) = inputs.find([str(tmp_path / "x.jpg")], tmp_path / "out")
+    Image.new("RGB", (30, 20)).save(tmp_path / f"x.{suffix}", exif=exif)
+    (source,) = inputs.find([str(tmp_path / f"x.{suffix}")], tmp_path / "out")
     assert source.size() == source.image().shape[:2] == ((30, 20) if orientation > 4 else (20, 30))
+
+
+def test_a_tiff_of_floats_is_refused_by_its_depth(tmp_path):
+    Image.fromarray(np.zeros((20, 30), np.float32)).save(tmp_path / "x.tif")
+    (source,) = inputs.find([str(tmp_path / "x.tif")], tmp_path / "out")
+    assert "TIFF of 8 or 16 bits a channel; it has 32" in source.image()
 
 
 def test_ahead_keeps_the_order_and_hands_errors_on():

@@ -6,6 +6,7 @@ import ast
 import codecs
 import pathlib
 import re
+import shlex
 import subprocess
 import sys
 import tomllib
@@ -172,6 +173,45 @@ def test_every_module_has_its_place_in_the_table_of_contributing():
     package = [p for p in (ROOT / "duc_dlc_jax").iterdir() if p.name[0] not in "_."]
     missing = {p.name for p in package if p.name not in named and f"{p.name}/" not in named}
     assert not missing
+
+
+def documented_commands() -> list[tuple[str, str, list[str]]]:
+    """(document, module, words) of each command of this package that a document shows."""
+    found = []
+    for path in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]:
+        text = path.read_text().replace("\\\n", " ")
+        for line in re.findall(r"^\$ (.*python -m duc_dlc_jax.*)$", text, re.MULTILINE):
+            words = shlex.split(line.replace("[", " ").replace("]", " "), comments=True)
+            module = words[words.index("-m") + 1]
+            found.append((f"{path.name}: {line}", module, words))
+    return found
+
+
+def defined_flags(module: str) -> dict[str, str]:
+    """The arguments of each flag that a command defines, by name, as they are written."""
+    path = ROOT.joinpath(*module.split("."))
+    own = path / "__main__.py" if path.is_dir() else path.with_suffix(".py")
+    shared = [ROOT / "duc_dlc_jax" / name for name in ("cli.py", "distributed.py")]
+    text = "".join(file.read_text() for file in (own, *shared))
+    return dict(re.findall(r"(?:DEFINE|define)_\w+\(\s*\"(\w+)\",?((?:[^()]|\([^()]*\))*)\)", text))
+
+
+def test_documented_commands_have_flags_that_exist_in_an_order_that_holds():
+    """A field of the configuration has to follow the file that it changes."""
+    commands = documented_commands()
+    assert len(commands) > 70
+    for where, module, words in commands:
+        names = [word[2:].partition("=")[0] for word in words if word.startswith("--")]
+        unknown = {name.partition(".")[0] for name in names} - set(defined_flags(module))
+        assert not unknown, f"{where}: no such flags: {unknown}"
+        if "config" in names:
+            early = [name for name in names[: names.index("config")] if "." in name]
+            assert not early, f"{where}: before --config"
+
+
+def test_seeds_are_never_negative():
+    found = [defined_flags(f"duc_dlc_jax.{name}").get("seed") for name in ("fit", "data.show")]
+    assert all(seed and "lower_bound=0" in seed for seed in found), found
 
 
 def test_make_targets_of_the_documents_exist():

@@ -71,6 +71,26 @@ def test_several_archives_join_and_unpacked_files_come_first(tmp_path):
     assert train_ids("cityscapes", downloads)[1] == {"ulm_000001_000002": [1]}
 
 
+@pytest.mark.parametrize("kind", ["", ".zip", ".tar", ".tar.gz"])
+def test_what_macos_adds_is_passed_over(kind, tmp_path):
+    layouts.camvid(tmp_path / "raw")
+    expected = train_ids("camvid", tmp_path / "raw")
+    for name in ("train/._a.png", "__MACOSX/train/c.png", ".Trashes/trainannot/d.png"):
+        write(tmp_path / "raw" / name, picture())
+    assert train_ids("camvid", packed(tmp_path / "raw", kind) if kind else tmp_path / "raw") == (
+        expected
+    )
+
+
+def test_linked_folders_are_read(tmp_path):
+    layouts.camvid(tmp_path / "raw")
+    expected = train_ids("camvid", tmp_path / "raw")
+    (tmp_path / "links").mkdir()
+    for folder in (tmp_path / "raw").iterdir():
+        (tmp_path / "links" / folder.name).symlink_to(folder)
+    assert train_ids("camvid", tmp_path / "links") == expected
+
+
 def zip_with(path, name, mode=0):
     with zipfile.ZipFile(path, "w") as out:
         info = zipfile.ZipInfo(name)

@@ -226,18 +226,54 @@ def test_antialias_averages_fine_stripes_that_plain_sampling_aliases():
     assert spread[True] < 0.5 * spread[False]
 
 
+def drawn_geometries(count, config=BASE, **options):
+    generators = (np.random.default_rng(seed) for seed in range(count))
+    return [transforms.draw_geometry(rng, (60, 84), config, **options) for rng in generators]
+
+
+def assert_uniform(values, low, high):
+    """That at least 250 values fill low..high evenly: ends within 2%, mean within 6% of it."""
+    values, span = np.asarray(values), high - low
+    assert len(values) >= 250
+    assert low <= values.min() <= low + 0.02 * span
+    assert high - 0.02 * span <= values.max() <= high
+    assert abs(values.mean() - (low + high) / 2) < 0.06 * span
+
+
 def test_drawn_geometry_covers_its_ranges_and_repeats_with_its_seed():
-    drawn = [transforms.draw_geometry(np.random.default_rng(s), (60, 84), BASE) for s in range(400)]
-    again = [transforms.draw_geometry(np.random.default_rng(s), (60, 84), BASE) for s in range(400)]
-    assert drawn == again
+    drawn = drawn_geometries(400)
+    assert drawn == drawn_geometries(400)
     shorts = [g.height for g in drawn]
     assert min(shorts) < 28
     assert max(shorts) > 92
     assert set(shorts) <= set(range(24, 97))
     assert all(g.width == g.height * 84 // 60 for g in drawn)
     assert 140 < sum(g.flipped for g in drawn) < 260
-    assert max(g.top for g in drawn) > 40
     assert all(g.top <= max(g.height - 40, 0) for g in drawn)
+    for rooms in (
+        [(g.top, g.height - 40) for g in drawn if g.height > 44],
+        [(g.left, g.width - 40) for g in drawn if g.width > 44],
+    ):
+        assert_uniform([place / room for place, room in rooms], 0, 1)
+
+
+def test_drawn_rotation_and_blur_cover_their_ranges():
+    config = dataclasses.replace(BASE, rotate_degrees=10.0, blur_probability=0.5)
+    drawn = drawn_geometries(800, config)
+    assert_uniform([g.degrees for g in drawn], -10, 10)
+    blurred = [g.blur for g in drawn if g.blur > 0]
+    assert 340 < len(blurred) < 460
+    assert_uniform(blurred, 0, 1)
+    for probability, count in ((0.0, 0), (0.9, 90)):
+        config = dataclasses.replace(config, blur_probability=probability)
+        assert abs(sum(g.blur > 0 for g in drawn_geometries(100, config)) - count) <= 8 * count / 90
+
+
+def test_a_focus_lies_anywhere_in_the_crop():
+    config = dataclasses.replace(BASE, scale_min=2.0, flip="none")  # 96x134 pixels
+    drawn = drawn_geometries(400, config, focus=(30, 42))  # at (48.8, 67.8)
+    assert_uniform([48.8 - g.top for g in drawn], 0, 40)
+    assert_uniform([67.8 - g.left for g in drawn], 0, 40)
 
 
 def test_a_crop_wider_than_high_is_the_square_ones_first_rows():
@@ -355,3 +391,12 @@ def test_photometric_changes_come_with_their_probability():
     for field in dataclasses.fields(transforms.Colour):
         changed = [getattr(c, field.name) != field.default for c in drawn]
         assert 110 < sum(changed) < 190
+
+
+@pytest.mark.parametrize(
+    ("field", "low", "high"),
+    [("brightness", -32, 32), ("contrast", 0.5, 1.5), ("saturation", 0.5, 1.5), ("hue", -36, 36)],
+)
+def test_photometric_changes_fill_the_ranges_of_ssd(field, low, high):
+    drawn = [transforms.draw_colour(np.random.default_rng(s), 1.0) for s in range(400)]
+    assert_uniform([getattr(colour, field) for colour in drawn], low, high)

@@ -112,10 +112,14 @@ def _id(value: Any) -> int:
 def _colour(value: Any) -> int:
     if isinstance(value, str) and re.fullmatch(r"#?[0-9a-fA-F]{6}", value):
         return int(value.removeprefix("#"), 16)
-    if isinstance(value, list) and len(value) == 3 and all(v in range(256) for v in value):
+    if isinstance(value, list) and len(value) == 3 and all(map(_is_level, value)):
         red, green, blue = value
         return red << 16 | green << 8 | blue
     raise DataError(f'color {value!r}; allowed: "#RRGGBB" or [red, green, blue] of 0..255')
+
+
+def _is_level(value: Any) -> bool:
+    return type(value) is int and value in range(256)  # neither true nor 255.0
 
 
 def _check(path: pathlib.Path, declared: list[Declared]) -> None:
@@ -184,8 +188,9 @@ def infer_spec(
       binary: 0 (or black) is "background" and 255 (or white, or 1 of 1-bit masks) "foreground".
 
     Raises:
-      DataError: values outside the file of classes, or of the other sort; 0 and 255 alone; more
-        than `MOST_VALUES` values without a file; less than two classes.
+      DataError: values outside the file of classes, or of the other sort; 0 and 255 alone;
+        without a file, values near an ignored one or more than `MOST_VALUES`; less than two
+        classes.
     """
     if binary and declared:
         raise DataError(f"--binary names the two classes itself: leave out --classes={source}")
@@ -254,6 +259,7 @@ def _unnamed(outside: list[int], values: Values, source: str) -> str:
 def _occurring_ids(values: Values, reserved: set[int]) -> dict[int, str]:
     """Returns class names by raw id, ascending."""
     _refuse_binary(values)
+    _refuse_levels(values, reserved)
     raw_ids = sorted(set(values.first) - reserved)
     if len(raw_ids) > MOST_VALUES:
         raise DataError(
@@ -277,6 +283,23 @@ def _refuse_binary(values: Values) -> None:
             "foreground would vanish. If 255 is a class, use --binary (0 background, 255 "
             'foreground), or name it in --classes: {"background": 0, "thing": 255}'
         )
+
+
+def _refuse_levels(values: Values, reserved: set[int]) -> None:
+    """Raises DataError where an ignored value may be the top of grey levels rather than ignored.
+
+    Ids are small numbers and what is ignored stands apart: beside it no other may reach a quarter
+    of it. PASCAL VOC's 0..20 pass, with gaps too; 254, 128 and what smoothing makes do not.
+    """
+    for top in sorted(reserved & set(values.first)):
+        near = sorted(raw for raw in set(values.first) - reserved if 4 * raw > top)
+        if near:
+            raise DataError(
+                f"{values.first[near[0]]}: the masks hold {values.written(near)} beside {top}, and "
+                f"{top} means ignore: if these are grey levels, all that is white would vanish. "
+                f"Masks of one class are --binary; else name every id in --classes, and {top} too "
+                f'if it is a class: {{"background": 0, "thing": {top}}}. {_in_between(values)}'
+            )
 
 
 def _palette(values: Values, raw_ids: list[int]) -> tuple[tuple[int, int, int], ...]:

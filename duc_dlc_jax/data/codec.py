@@ -1,7 +1,8 @@
 """Bytes to arrays and back. Images: OpenCV, RGB order. Masks: Pillow, values as stored.
 
-EXIF policy, in every decoder: an image is turned the way its EXIF orientation says (OpenCV's and
-viewers' default); a mask is taken as it lies, and must have the size of the turned image.
+EXIF policy: OpenCV decides. It turns an image the way its EXIF orientation says, and passes over
+that of XMP, which Pillow heeds; a mask is taken as it lies, and must have the size of the turned
+image.
 """
 
 from __future__ import annotations
@@ -12,29 +13,42 @@ from collections.abc import Iterator
 
 import cv2
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from duc_dlc_jax.data.labels import DataError
 
 BAD_IMAGE, BAD_MASK, MODE = "unreadable image", "unreadable mask", "mode"  # kinds of DataError
 _PNG = b"\x89PNG\r\n\x1a\n"
 _GREY = 0  # colour type of a PNG's header
-ORIENTATION = 274  # the EXIF tag
+_KINDS = {"PNG": "png", "JPEG": "jpeg", "MPO": "jpeg"}  # MPO: with more pictures behind the first
+_ORIENTATION, _DEPTH = 274, 258  # tags of EXIF and TIFF
 
 
 def decode_image(data: bytes, name: str) -> np.ndarray:
     """Decodes the bytes of an image file to RGB uint8 [H, W, 3], EXIF orientation applied.
 
     Raises:
-      DataError: the bytes are no image; names it.
+      DataError: the bytes are no image, or one that OpenCV does not decode; names it.
     """
-    image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB) if data else None
+    try:
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB) if data else None
+    except cv2.error as error:
+        reason = " ".join(str(error).split())
+        raise DataError(f"{name}: not decoded by OpenCV: {reason}") from error
     if image is None:
         raise DataError(
             f"{name}: {len(data)} bytes that are not a readable image "
-            "(PNG, JPEG, WebP, BMP or TIFF)"
+            f"(PNG, JPEG, WebP, BMP or TIFF{_too_deep(data)})"
         )
     return image
+
+
+def _too_deep(data: bytes) -> str:
+    """Says the depth of a TIFF file that has more than 16 bits a channel."""
+    with contextlib.suppress(Exception), Image.open(io.BytesIO(data)) as image:
+        bits = max(getattr(image, "tag_v2", {}).get(_DEPTH, (8,)))
+        return f" of 8 or 16 bits a channel; it has {bits}" if bits > 16 else ""
+    return ""
 
 
 def encode_image(image: np.ndarray, encoding: str) -> bytes:
@@ -49,32 +63,43 @@ def encode_image(image: np.ndarray, encoding: str) -> bytes:
     return data.tobytes()
 
 
-def check_image(data: bytes, name: str) -> tuple[str, int, int]:
-    """Decodes an image file fully, so that a bad one is found when preparing.
+def check_image(data: bytes, name: str) -> tuple[str, np.ndarray]:
+    """Decodes an image file by `decode_image`, once Pillow found it whole; OpenCV would not say.
 
     Returns:
-      "png" or "jpeg", and height and width in pixels after EXIF orientation.
+      "png" or "jpeg", and the image, RGB uint8 [H, W, 3].
 
     Raises:
       DataError: unreadable, truncated or 16-bit; names the file.
     """
-    if data.startswith(_PNG) and data[24:25] == b"\x10":
+    bits, _ = png_header(data) or (8, None)
+    if bits == 16:
         raise DataError(f"{name}: a 16-bit PNG; images must have 8 bits a channel", MODE)
     with _opened(data, f"{name}: unreadable or truncated image", BAD_IMAGE) as image:
-        if image.format not in ("PNG", "JPEG"):
+        kind = _KINDS.get(image.format or "")
+        if kind is None:
             raise DataError(f"{name}: a {image.format} image; allowed: PNG, JPEG", MODE)
-        kind = image.format.lower()
         image.load()
-        width, height = ImageOps.exif_transpose(image).size
-    return kind, height, width
+    return kind, decode_image(data, name)
 
 
-def exif_orientation(data: bytes) -> int:
-    """Returns the EXIF orientation of a readable image file, 1 to 8; 1, upright, without one."""
-    if b"Exif" not in data and b"eXIf" not in data:
+def exif_orientation(image: Image.Image) -> int:
+    """Returns the orientation by which `decode_image` turns a file that Pillow opened, 1 to 8.
+
+    1, upright, without one; for TIFF, too, which Pillow turns itself.
+    """
+    exif = Image.Exif()
+    try:
+        exif.load(image.info.get("exif", b""))
+        value = exif.get(_ORIENTATION, 1)
+    except Exception:  # Pillow raises what it meets; OpenCV passes over EXIF that it cannot read
         return 1
-    with Image.open(io.BytesIO(data)) as image:
-        return int(image.getexif().get(ORIENTATION, 1))
+    return value if value in range(1, 9) else 1
+
+
+def png_header(data: bytes) -> tuple[int, int] | None:
+    """Returns bits a channel and colour type of a PNG file; None of others and of shorter ones."""
+    return (data[24], data[25]) if data.startswith(_PNG) and len(data) > 25 else None
 
 
 def read_mask(data: bytes, name: str, colours: bool = False) -> np.ndarray:
@@ -91,7 +116,7 @@ def read_mask(data: bytes, name: str, colours: bool = False) -> np.ndarray:
     """
     if name.endswith(".mat"):
         return _read_label_map(data, name)
-    bits, kind = (data[24], data[25]) if data.startswith(_PNG) and len(data) > 25 else (8, None)
+    bits, kind = png_header(data) or (8, None)
     with _opened(data, f"{name}: unreadable or truncated mask", BAD_MASK) as mask:
         mask.load()
         if colours:
@@ -123,7 +148,9 @@ def _opened(data: bytes, what: str, kind: str) -> Iterator[Image.Image]:
     except UnidentifiedImageError as error:
         reason = f"{len(data)} bytes in no known image format"
         raise DataError(f"{what}: {reason}", kind) from error
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except DataError:
+        raise
+    except Exception as error:  # Pillow raises what it meets: OSError, SyntaxError, ValueError, ...
         raise DataError(f"{what}: {error}", kind) from error
 
 

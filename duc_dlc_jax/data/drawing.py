@@ -84,7 +84,7 @@ def balance(rows: Mapping[str, Mapping], spec: LabelSpec, title: str) -> Image.I
     """Draws each class's share of the labelled pixels by split, on a logarithmic scale.
 
     Args:
-      rows: `prepare.summary`; splits without labels are left out.
+      rows: `records.summary`; splits without labels are left out.
       spec: classes and colours.
       title: the headline.
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import io
+import json
 import pathlib
 import re
 import statistics
@@ -23,10 +24,9 @@ from duc_dlc_jax.data.builders.examples import in_threads
 from duc_dlc_jax.data.builders.files import File
 from duc_dlc_jax.data.builders.sources import Item
 from duc_dlc_jax.data.labels import IGNORE, DataError, LabelSpec, is_known
-from duc_dlc_jax.data.pairs import CLASSES, Pair, find_pairs
+from duc_dlc_jax.data.pairs import CLASSES, Pair, find_pairs, folder_split
 from duc_dlc_jax.progress import Progress
 
-_PNG = b"\x89PNG\r\n\x1a\n"
 PNG_KINDS = {  # (bits, colour type) of a PNG's header
     (1, 0): "1-bit ids",
     (8, 0): "grey ids",
@@ -88,6 +88,11 @@ class Inspection:
     def items(self) -> dict[str, list[Item]]:
         """Returns the pairs by split, for `prepare.build`."""
         return {split: [_item(s.pair) for s in scans] for split, scans in self.scans.items()}
+
+    def fingerprint(self) -> str:
+        """Returns a SHA-256, hex, of the names of the images in each split."""
+        names = {split: sorted(s.pair.name for s in scans) for split, scans in self.scans.items()}
+        return hashlib.sha256(json.dumps(names, sort_keys=True).encode()).hexdigest()
 
     def sizes(self, split: str) -> list[tuple[int, int]]:
         """Returns (height, width) of each image of a split, pixels."""
@@ -175,21 +180,47 @@ def inspect(
     found, alone, others = find_pairs(images_dir, labels_dir)
     scans, broken = _scan_all(found)
     left_out = [*alone, *broken]
-    if left_out and not (skip_bad and scans):
-        raise DataError(
-            f"{len(left_out)} of the files in {images_dir} and {labels_dir} cannot be used. Mend "
-            "or remove them, or leave them out with --skip_bad; with --plan_only fit shows what "
-            "then remains:\n" + "\n".join(_listed(left_out))
+    labelled = any(scan.kind for scan in scans)
+    if left_out and not (skip_bad and labelled):
+        way_out = (
+            "Without them no mask is left: mend them"
+            if skip_bad
+            else "Mend or remove them, or leave them out with --skip_bad; with --plan_only fit "
+            "shows what then remains"
         )
-    if classes_file is None:
-        beside = (labels_dir / CLASSES, labels_dir.parent / CLASSES)
-        classes_file = next((path for path in beside if path.is_file()), None)
+        raise DataError(
+            f"{len(left_out)} of the files in {images_dir} and {labels_dir} cannot be used. "
+            + "\n".join([f"{way_out}:", *_listed(left_out)])
+        )
+    classes_file = find_classes(labels_dir, classes_file)
     declared = classes.read_classes(classes_file) if classes_file else None
     values = _values(scans, bool(declared and declared[0].colour))
     spec = classes.infer_spec(name, values, declared, str(classes_file), binary)
     by_split, split_by = _split(scans, seed, val_share)
+    if not any(scan.pair.split == "val" for scan in scans):
+        _refuse_lost_val(images_dir)
     source = "--binary" if binary else classes_file or "their values"
     return Inspection(spec, by_split, values.kind, split_by, str(source), tuple(left_out), others)
+
+
+def find_classes(
+    labels_dir: pathlib.Path, given: str | pathlib.Path | None = None
+) -> str | pathlib.Path | None:
+    """Returns the file of classes: the one that is given, or one in or beside the folder."""
+    if given is not None:
+        return given
+    beside = (labels_dir / CLASSES, labels_dir.parent / CLASSES)
+    return next((path for path in beside if path.is_file()), None)
+
+
+def _refuse_lost_val(images_dir: pathlib.Path) -> None:
+    """Raises DataError where there is a folder val: a drawn split would take its place."""
+    for path in sorted(images_dir.iterdir()):
+        if path.is_dir() and folder_split(f"{path.name}/") == "val":
+            raise DataError(
+                f"{path}: no image in it can be used, and a share of the others would be held "
+                "back in its place. Mend its images and their masks, or remove or rename the folder"
+            )
 
 
 def _check_name(name: str) -> None:
@@ -220,8 +251,7 @@ def _scan_or_message(pair: Pair) -> Scan | str:
 
 def _scan(pair: Pair) -> Scan:
     """Reads one pair; raises DataError for what preparing the pair would refuse."""
-    _, *size = codec.check_image(pair.image.read_bytes(), str(pair.image))
-    height, width = size
+    height, width = codec.check_image(pair.image.read_bytes(), str(pair.image))[1].shape[:2]
     if pair.mask is None:
         return Scan(pair, (height, width))
     data, where = pair.mask.read_bytes(), str(pair.mask)
@@ -247,17 +277,18 @@ def _scan(pair: Pair) -> Scan:
 
 def _kind(data: bytes, where: str) -> str:
     """Returns what a mask holds by its header; raises DataError for kinds that are not read."""
-    if not data.startswith(_PNG):
-        what = "a JPEG" if data.startswith(b"\xff\xd8") else "not a PNG"
+    header = codec.png_header(data)
+    if header is None:
+        what = "a JPEG" if data.startswith(b"\xff\xd8") else "not a whole PNG"
         raise DataError(f"{where}: {what} file of {len(data)} bytes; masks must be PNG files")
-    bits, colour_type = data[24], data[25]
-    if (bits, colour_type) not in PNG_KINDS:
+    if header not in PNG_KINDS:
+        bits, colour_type = header
         sort = COLOUR_TYPES.get(colour_type, f"colour type {colour_type}")
         raise DataError(
             f"{where}: its pixels are {bits}-bit {sort}; masks must be PNG files of 8- or 16-bit "
             "grey, of palette indices or of 8-bit RGB"
         )
-    return PNG_KINDS[bits, colour_type]
+    return PNG_KINDS[header]
 
 
 def _count(raw: np.ndarray) -> dict[int, int]:

@@ -17,6 +17,7 @@ from absl import logging
 from PIL import Image
 
 from duc_dlc_jax.data import codec
+from duc_dlc_jax.data.builders.files import walk
 from duc_dlc_jax.data.labels import DataError
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
@@ -43,7 +44,7 @@ class Input:
             if self.is_video:
                 return Video(self.path).size
             with Image.open(self.path) as image:
-                turned = image.getexif().get(codec.ORIENTATION, 1) >= 5
+                turned = codec.exif_orientation(image) >= 5
                 return (image.width, image.height) if turned else (image.height, image.width)
         except (DataError, OSError, ValueError, SyntaxError, Image.DecompressionBombError):
             return None  # reading it will say why
@@ -52,7 +53,7 @@ class Input:
         """RGB uint8 [H, W, 3], turned as its EXIF orientation says, or why it cannot be read."""
         try:
             return codec.decode_image(self.path.read_bytes(), str(self.path))
-        except (DataError, OSError, cv2.error) as error:
+        except (DataError, OSError) as error:
             return str(error) if str(self.path) in str(error) else f"{self.path}: {error}"
 
 
@@ -97,8 +98,7 @@ def find(texts: Sequence[str], without: str | os.PathLike) -> list[Input]:
     for text in texts:
         path = Path(text)
         if path.is_dir():
-            found = [p for p in sorted(path.rglob("*")) if _is_shown(p.relative_to(path))]
-            root = path
+            found, root = list(walk(path).values()), path
         else:
             found = [path] if path.exists() else sorted(map(Path, glob.glob(text, recursive=True)))
             root = _common(found)
@@ -135,10 +135,6 @@ def ahead(items: Iterable[T], count: int) -> Iterator[T]:
                 yield item
         finally:
             pool.shutdown(cancel_futures=True)
-
-
-def _is_shown(path: Path) -> bool:
-    return not any(part.startswith(".") for part in path.parts)
 
 
 def _nothing(path: Path, files: list[Path], there: list[Path], without: str | os.PathLike) -> str:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import os
 import pathlib
 import re
+import unicodedata
 from collections.abc import Iterable
 
+from duc_dlc_jax.data.builders.files import walk
 from duc_dlc_jax.data.labels import DataError
 
 CLASSES = "classes.json"  # the file of classes, where it lies among the masks
@@ -52,7 +55,8 @@ def find_pairs(
 
     Raises:
       FileNotFoundError: no such folder.
-      DataError: one folder for both, no images, no PNG masks, no pair, or two files for one name.
+      DataError: one folder for both, no images, no PNG masks, no pair, two files for one name, or
+        a name that is not UTF-8.
     """
     for flag, folder in (("images", images_dir), ("labels", labels_dir)):
         if not folder.is_dir():
@@ -108,17 +112,18 @@ def _image_of(name: str, images: Files) -> str:
 
 
 def _walk(folder: pathlib.Path, outside: pathlib.Path) -> Files:
-    """Returns the files below a folder by path with suffix; not hidden ones nor those `outside`."""
-    outside, inner = outside.resolve(), {}
-    for path in sorted(folder.rglob("*")):
-        relative = path.relative_to(folder)
-        hidden = any(part.startswith(".") for part in relative.parts)
-        if hidden or not path.is_file():
-            continue
-        if outside in path.resolve().parents and outside.is_relative_to(folder.resolve()):
-            continue
-        inner[relative.as_posix()] = path
-    return inner
+    """Returns the files below a folder by path with suffix; not those `outside`.
+
+    Raises DataError for a name that is not UTF-8, which no record could hold.
+    """
+    outside, found = outside.resolve(), walk(folder)
+    for name in found:
+        raw = os.fsencode(name)
+        if raw.decode(errors="ignore") != name:
+            raise DataError(f"{folder}: the name {raw} in it is not UTF-8; rename it")
+    if not outside.is_relative_to(folder.resolve()):
+        return found
+    return {name: path for name, path in found.items() if outside not in path.resolve().parents}
 
 
 def _images(folder: pathlib.Path, found: Files) -> Files:
@@ -157,6 +162,8 @@ def _masks(folder: pathlib.Path, found: Files, images: Files) -> Files:
 
 
 def _bare(name: str) -> str:
+    """A name without suffix, its letters composed: macOS takes accents apart, others do not."""
+    name = unicodedata.normalize("NFC", name)
     return pathlib.PurePosixPath(name).with_suffix("").as_posix()
 
 

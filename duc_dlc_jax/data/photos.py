@@ -68,7 +68,7 @@ def prepare_photos(
       data_dir: folder that receives NAME/VERSION, and the JPEG files in `files`.
       count: number of images of the only split, train.
       size: (height, width) in pixels instead of the usual one.
-      encoding: of the stored pixels, see `tfds_builder.make_example`.
+      encoding: of the stored pixels, see `examples.make_example`.
 
     Raises:
       ConfigError: a name without photos; lists those there are.

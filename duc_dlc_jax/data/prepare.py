@@ -101,7 +101,8 @@ def prepare(
             counts = images_of(source, listing)
             if strict:
                 _refuse(name, count_differences(source, counts))
-            build(name, listing.splits, spec, data_dir, counts, encoding, raw_dir)
+            origin = {"raw_dir": str(pathlib.Path(raw_dir).resolve())} if raw_dir else {}
+            build(name, listing.splits, spec, data_dir, counts, encoding, origin)
     rows = summary(folder)
     differences = count_differences(source, {split: rows[split]["images"] for split in rows})
     print("\n".join([*table(rows, read_spec(folder)), *differences]))
@@ -122,15 +123,18 @@ def prepare_folders(
       DataError: a file became unusable since it was inspected; names it. Or it is prepared from
         other images or classes.
     """
-    name = found.spec.name
+    name, names = found.spec.name, found.fingerprint()
     folder = builders.prepared_dir(data_dir, name)
     if is_prepared(folder):
         print(f"{name} is already prepared in {folder}; delete that folder to prepare it again")
         _check_source(folder, "--images", found.counts)
+        if _origin(folder).get("names", names) != names:
+            raise DataError(f"{folder} was prepared from images of other names or splits; {AGAIN}")
         if found.spec != read_spec(folder):
             raise DataError(f"{folder} was prepared with other classes; {AGAIN}")
     else:
-        build(name, found.items(), found.spec, data_dir, found.counts, encoding)
+        origin = {"names": names}
+        build(name, found.items(), found.spec, data_dir, found.counts, encoding, origin)
     print("\n".join(table(summary(folder), read_spec(folder))))
     return folder
 
@@ -171,10 +175,15 @@ def _check_source(folder: pathlib.Path, given: str, images: dict[str, int]) -> N
 
 def _note_source(folder: pathlib.Path, raw_dir: str) -> None:
     """Prints where a prepared data set is from, if that is another place than `raw_dir`."""
-    path = folder / builders.SOURCE_FILE
-    origin = json.loads(path.read_text())["raw_dir"] if path.is_file() else None
+    origin = _origin(folder).get("raw_dir")
     if origin not in (None, str(pathlib.Path(raw_dir).resolve())):
         print(f"warning: it was prepared from {origin}; nothing of {raw_dir} is read")
+
+
+def _origin(folder: pathlib.Path) -> dict[str, str]:
+    """Returns what `build` noted beside the records; older ones have no note."""
+    path = folder / builders.SOURCE_FILE
+    return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def images_of(source: sources.Source, listing: Listing) -> dict[str, int]:
@@ -192,11 +201,11 @@ def build(
     data_dir: str | pathlib.Path,
     counts: dict[str, int],
     encoding: str = "auto",
-    raw_dir: str | None = None,
+    origin: Mapping[str, str] | None = None,
 ) -> None:
     """Writes the records of a data set; what an earlier call left unfinished is removed first.
 
-    raw_dir: of the download; it is noted beside the records.
+    origin: noted beside the records: the folder of the download, or what names the images had.
 
     Raises DataError where another process is preparing it, and ImportError without TensorFlow.
     """
@@ -222,8 +231,7 @@ def build(
             shutil.rmtree(leftover, ignore_errors=True)
         try:
             tfds_builder.build(name, splits, spec, str(data_dir), counts, encoding)
-            if raw_dir:
-                origin = {"raw_dir": str(pathlib.Path(raw_dir).resolve())}
+            if origin:
                 path = builders.prepared_dir(data_dir, name) / builders.SOURCE_FILE
                 path.write_text(json.dumps(origin) + "\n")
             staging.write_manifest(builders.prepared_dir(data_dir, name))

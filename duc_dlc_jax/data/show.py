@@ -111,6 +111,6 @@ if __name__ == "__main__":
     flags.DEFINE_string("split", "", "Default: the configuration's data.train_split.")
     flags.DEFINE_bool("augmented", False, "Show training crops.")
     flags.DEFINE_integer("images", 12, "Number of examples.", lower_bound=1)
-    flags.DEFINE_integer("seed", 0, "Of the choice of examples and of the crops.")
+    flags.DEFINE_integer("seed", 0, "Of the choice of examples and of the crops.", lower_bound=0)
     flags.DEFINE_string("output", None, "Folder for the pictures.", required=True)
     cli.run(main)

@@ -49,7 +49,7 @@ class Augmentation:
 
     @classmethod
     def from_config(cls, data: Any) -> Augmentation:
-        """Reads `config.data`; raises ValueError for values that make no crop."""
+        """Reads `config.data`; raises ConfigError for values that make no crop."""
         return cls(**{field.name: data[field.name] for field in dataclasses.fields(cls)})
 
     def __post_init__(self):

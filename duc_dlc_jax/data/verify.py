@@ -12,12 +12,14 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
+import io
 import json
 import pathlib
 from collections.abc import Iterable
 
 import numpy as np
 from absl import app, flags
+from PIL import Image
 
 from duc_dlc_jax import cli, storage
 from duc_dlc_jax.data import builders, codec, prepare
@@ -161,9 +163,10 @@ def check_item(item: Item, spec: LabelSpec) -> Checked:
             height, width = item.image.shape[:2]
         else:
             data = item.image.read()
-            _, height, width = codec.check_image(data, str(item.image))
-            if codec.exif_orientation(data) != 1:
-                result.turned = str(item.image)
+            height, width = codec.check_image(data, str(item.image))[1].shape[:2]
+            with Image.open(io.BytesIO(data)) as image:
+                if codec.exif_orientation(image) != 1:
+                    result.turned = str(item.image)
         size = height, width
     except (DataError, OSError) as error:
         result.add(item.image, error, codec.BAD_IMAGE)

@@ -11,7 +11,7 @@ from duc_dlc_jax.data.labels import is_known
 VERSION = "2.0.0"  # of the schema; a change of it asks for a new preparation
 SPEC_FILE = "label_spec.json"  # the LabelSpec, beside the records
 SUMMARY_FILE = "summary.json"  # per split: images, labelled or not, pixels per train id
-SOURCE_FILE = "source.json"  # where the download lay that the records were made of
+SOURCE_FILE = "source.json"  # what the records were made of: a folder, or images by name
 TILE = 512  # pixels; images of more than TILE_ABOVE pixels are stored in square tiles of this side
 TILE_ABOVE = 2**20
 

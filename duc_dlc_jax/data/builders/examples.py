@@ -47,10 +47,11 @@ def make_example(item: Item, spec: LabelSpec, encoding: str = "auto") -> Example
       DataError: bad image, bad mask, values outside the contract, or two sizes; names the file.
     """
     if isinstance(item.image, np.ndarray):
-        data, kind, (height, width) = b"", "raw", item.image.shape[:2]
+        data, kind, image = b"", "raw", np.asarray(item.image)
     else:
         data = item.image.read()
-        kind, height, width = codec.check_image(data, str(item.image))
+        kind, image = codec.check_image(data, str(item.image))
+    height, width = image.shape[:2]
     label, pixels = None, np.zeros(256, np.int64)
     if item.label is not None:
         label = read_label(item, spec, (height, width))
@@ -59,7 +60,6 @@ def make_example(item: Item, spec: LabelSpec, encoding: str = "auto") -> Example
         whole = _record(item.name, data, "jpeg", label, (0, 0, height, width))
         records = [whole]
     else:
-        image = codec.decode_image(data, str(item.image)) if data else np.asarray(item.image)
         chosen = "raw" if encoding == "auto" else encoding
         records = [
             _record(item.name, codec.encode_image(_cut(image, box), chosen), chosen, label, box)

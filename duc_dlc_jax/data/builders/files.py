@@ -53,9 +53,9 @@ Files = dict[str, File]  # by path below the folder of the download, "/" between
 def find(raw_dir: pathlib.Path) -> Iterator[Files]:
     """Yields all files of a download: a folder, its archives as if unpacked in it, or one archive.
 
-    What lies unpacked beside an archive comes first. Members of .zip and .tar files are read where
-    they are; a .tar.gz allows no random access and is unpacked into a temporary folder until the
-    context ends.
+    What lies unpacked beside an archive comes first; hidden files are passed over. Members of .zip
+    and .tar files are read where they are; a .tar.gz allows no random access and is unpacked into a
+    temporary folder until the context ends.
 
     Raises:
       DataError: an archive is unreadable, or has a member that points out of the folder.
@@ -66,13 +66,14 @@ def find(raw_dir: pathlib.Path) -> Iterator[Files]:
         if raw_dir.is_file():
             archives = [raw_dir]
         else:
-            found = _walk(raw_dir)
+            found = _files(raw_dir)
             archives = sorted(
                 file.path for name, file in found.items() if "/" not in name and _is_archive(name)
             )
         for archive in archives:
             for name, file in _members(archive, stack).items():
-                found.setdefault(name, file)
+                if _is_shown(*name.split("/")):
+                    found.setdefault(name, file)
         yield found
 
 
@@ -80,14 +81,35 @@ def _is_archive(name: str) -> bool:
     return name.lower().endswith(ARCHIVES)
 
 
-def _walk(folder: pathlib.Path) -> Files:
+def walk(folder: pathlib.Path) -> dict[str, pathlib.Path]:
+    """Returns the files below a folder by their path there, "/" between the names, in its order.
+
+    Links to folders are followed, but into none that they lie in themselves. Hidden files and
+    folders are passed over, and what macOS packs beside the files.
+    """
     found = {}
-    for parent, folders, names in os.walk(folder):
-        folders[:] = sorted(f for f in folders if not f.startswith("."))
-        for name in names:
-            path = pathlib.Path(parent) / name
-            found[path.relative_to(folder).as_posix()] = File(path)
-    return found
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        here = pathlib.Path(parent)
+        folders[:] = [f for f in folders if _is_shown(f) and not _leads_back(here / f, folder)]
+        for name in filter(_is_shown, names):
+            found[(here / name).relative_to(folder).as_posix()] = here / name
+    return dict(sorted(found.items()))
+
+
+def _is_shown(*names: str) -> bool:
+    return not any(name.startswith(".") or name == "__MACOSX" for name in names)
+
+
+def _leads_back(path: pathlib.Path, root: pathlib.Path) -> bool:
+    """Whether a folder below root is a link to one that was walked through on the way to it."""
+    if not path.is_symlink():
+        return False
+    way = [root, *(p for p in path.parents if p.is_relative_to(root))]
+    return any(p.resolve().is_relative_to(path.resolve()) for p in way)
+
+
+def _files(folder: pathlib.Path) -> Files:
+    return {name: File(path) for name, path in walk(folder).items()}
 
 
 def _members(archive: pathlib.Path, stack: contextlib.ExitStack) -> Files:
@@ -109,7 +131,7 @@ def _members(archive: pathlib.Path, stack: contextlib.ExitStack) -> Files:
                     if _is_regular(member, archive):
                         _inside(member.name, archive)
                         tar.extract(member, folder, filter="data")
-            return _walk(folder)
+            return _files(folder)
     except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
         raise DataError(
             f"{archive}: unreadable or incomplete archive ({error}); download it again"
