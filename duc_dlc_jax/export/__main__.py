@@ -55,7 +55,10 @@ def export(run: workdirs.Run, output: Path, options: manifest.Options, images: s
         for form in options.formats:
             content["gate"][form] = gate.check(paths, form, batches, expected, tolerance)
         gate.write_check(paths[0], batches, expected)
+        if "stablehlo" in options.formats:
+            content["gate"]["stablehlo_platform"] = gate.platform()
         bundles.write(paths[0], content)
+        gate.verify(paths[0])  # what was written, and a batch of 1
         shutil.move(paths[0], output)
     return content
 
