@@ -15,6 +15,7 @@ import sys
 import urllib.error
 import urllib.request
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -24,6 +25,7 @@ from duc_dlc_jax.data.builders import scenes
 from duc_dlc_jax.export import __main__ as command
 from duc_dlc_jax.export import bundle as bundles
 from duc_dlc_jax.export import folding, manifest, runtimes
+from duc_dlc_jax.models import layers
 from networks import NARROW
 from repository import parsed
 from runs import environment, untrained_workdir
@@ -122,6 +124,9 @@ def test_python_examples(name, bundle, floats, expected, files):
         assert (np.asarray(mask) == expected).mean() > 0.999
         assert mask.getpalette()[3:6] == list(bundles.read(bundle).spec.palette[1])
     program = module(name)
+    wanted = bundles.read(floats).manifest["input"]
+    normal = layers.normalize(jnp.asarray(IMAGE[None]), jnp.float32)
+    np.testing.assert_allclose(program.model_input(IMAGE, wanted), normal, atol=1e-6)
     program.main(str(floats), str(files / "photo.png"), str(files / "floats.png"))
     with Image.open(files / "floats.png") as mask:
         assert (np.asarray(mask) == expected).mean() > 0.999

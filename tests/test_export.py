@@ -435,7 +435,6 @@ def test_planted_fault_a_swapped_channel_writes_no_bundle(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"formats": ("tflite",)}, "--format=tflite; allowed: stablehlo, onnx"),
         ({"dtype": "bfloat16"}, "no bfloat16 convolution"),
     ],
 )

@@ -134,7 +134,7 @@ def guarded(argv) -> None:
 if __name__ == "__main__":
     flags.DEFINE_string("workdir", "", "The workdir of a run.")
     flags.DEFINE_string("output", "", "The bundle, a folder that does not exist yet.")
-    flags.DEFINE_list("format", ["stablehlo", "onnx"], "stablehlo, onnx or both.")
+    cli.define_names("format", tuple(BUILDERS), "Of the model.", default=tuple(BUILDERS))
     flags.DEFINE_enum("input", "uint8", ["uint8", "float32"], "RGB, or normalised RGB.")
     flags.DEFINE_enum("output_kind", "ids", list(folding.OUTPUTS), "Classes, or their logits.")
     flags.DEFINE_enum("dtype", "float32", list(gate.TOLERANCE), "Of weights and activations.")

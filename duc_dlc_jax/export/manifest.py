@@ -46,11 +46,6 @@ class Options:
 
     def check(self) -> None:
         """Raises ConfigError for what cannot be exported."""
-        unknown = set(self.formats) - set(bundles.FILES)
-        if unknown or not self.formats:
-            raise ConfigError(
-                f"--format={','.join(self.formats)}; allowed: {', '.join(bundles.FILES)}, or both"
-            )
         if "onnx" not in self.formats:
             return
         if self.dtype == "bfloat16":
