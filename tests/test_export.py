@@ -176,9 +176,9 @@ def test_stablehlo_of_any_size_says_what_the_network_says(name, size):
     assert relative(jit(exported.call)(image), expected) < 5e-6
 
 
-@pytest.mark.parametrize("name", ["as published", "half-pixel grid, output upsampled"])
-def test_stablehlo_finds_ids_alike_on_every_platform(name):
+def test_stablehlo_finds_ids_alike_on_every_platform():
     """What a CPU runs, and what GPUs and TPUs run: both here."""
+    name = "half-pixel grid, output upsampled"
     image, expected = example(name, ODD)
     folded = folding.FoldedNetwork(*network(name))
     logits = jit(functools.partial(folded.logits, coarse=True))(image)

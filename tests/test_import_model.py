@@ -146,7 +146,8 @@ def test_a_first_prediction_needs_no_training(small, tmp_path, monkeypatch):
         import_model.import_model("small", tmp_path / "model")
 
 
-def test_a_file_has_no_licence_that_nobody_declared(small, tmp_path):
+def test_a_file_has_no_licence_that_nobody_declared(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(import_model.workdirs, "create", lambda *_: None)
     config = import_model.import_model(str(small[1]), tmp_path / "model", "voc")
     said = manifest._weights(config)
     assert said["licence"] == "unknown"

@@ -6,7 +6,6 @@ import dataclasses
 import importlib.metadata
 import json
 import platform
-from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +133,7 @@ def _evaluation(run: workdirs.Run) -> dict[str, Any] | None:
     return None
 
 
-def _weights(config: Any, passed: Container[str] = ()) -> dict[str, Any]:
+def _weights(config: Any, passed: frozenset[str] = frozenset()) -> dict[str, Any]:
     """Where the first weights came from, also through the run that this one started from.
 
     passed: workdirs on the way here; a run that leads back to one of them ends it.
@@ -148,7 +147,7 @@ def _weights(config: Any, passed: Container[str] = ()) -> dict[str, Any]:
         name = Path(config.init.checkpoint).name
         if text and str(start) not in passed:
             first = config_lib.from_json(text)
-            return {**_weights(first, {*passed, str(start)}), "through": name}
+            return {**_weights(first, passed | {str(start)}), "through": name}
         why = "starts from itself" if text else "cannot be read"
         return {"file": None, "origin": f"the run {name}, which {why}", "licence": "unknown"}
     if not config.init.weights:
