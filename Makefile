@@ -77,8 +77,10 @@ test-real-data: install  ## needs DUC_DLC_SHARED_DATA, see CONTRIBUTING.md
 
 test-all: test test-commands test-parity test-fault test-multiprocess test-object-store test-slurm test-browser test-installed test-export test-real-data  ## every suite
 
+conversion: SHELL := /bin/bash
+conversion: .SHELLFLAGS := -o pipefail -c
 conversion: install  ## the rows of the matrix in docs/conversion.md
-	@$(PYTEST) -q -s -m "parity or export" tests/test_layouts.py tests/test_import_model.py tests/test_export_deep.py | grep "^|"
+	@$(PYTEST) -q -s -m "parity or export" tests/test_layouts.py tests/test_import_model.py tests/test_export_deep.py | grep -E "^(\||FAILED|ERROR)"
 
 lint: install  ## ruff and pyright
 	$(BIN)/ruff check $(SOURCES)

@@ -185,17 +185,24 @@ def define_fields(help_text: str) -> None:
     config_flags.DEFINE_config_dict("config", config_lib.default(), help_text)
 
 
-def define_names(name: str, allowed: Sequence[str], help_text: str) -> None:
-    """Defines a flag that takes one or several of the allowed names, separated by commas."""
+def define_names(
+    name: str, allowed: Sequence[str], help_text: str, default: Sequence[str] = ()
+) -> None:
+    """Defines a flag that takes one or several of the allowed names, separated by commas.
+
+    With a default it takes no empty list.
+    """
 
     def check(names: list[str]) -> bool:
+        if default and not names:
+            raise flags.ValidationError(f"no name; allowed: {', '.join(allowed)}")
         for i, word in enumerate(names):
             if word not in allowed or word in names[:i]:
                 twice = " twice" if word in allowed else ""
                 raise flags.ValidationError(f"{word!r}{twice}; allowed: {', '.join(allowed)}")
         return True
 
-    flags.DEFINE_list(name, [], f"{help_text} One or several of {', '.join(allowed)}.")
+    flags.DEFINE_list(name, list(default), f"{help_text} One or several of {', '.join(allowed)}.")
     flags.register_validator(name, check)
 
 

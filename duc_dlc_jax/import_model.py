@@ -37,14 +37,14 @@ def import_model(name: str, workdir: epath.Path, labels: str = "") -> ml_collect
       FileNotFoundError: no such file.
     """
     workdirs.check_new(workdir, "--workdir")
-    path, _ = weights.find(name, "torchvision")
-    tensors = read_tensors(path)
+    path, source = weights.find(name, what="--weights")
+    tensors = read_tensors(path, what="--weights")
     layout = deeplabv3.recognised(path, tensors)
     classes = deeplabv3.num_classes(tensors, layout)
     spec = _spec(name, labels, classes)
     config = config_lib.default()
     config.model.update(deeplabv3.model_fields(tensors, layout))
-    config.init.update({"weights": name, "source": "torchvision"})
+    config.init.update({"weights": name, "source": source})  # "" for a file: nobody declared it
     config.data.name = spec.name
     config_lib.validate(config)
     model = segmenter.create(config.model, classes)

@@ -40,6 +40,11 @@ def model_input(image: np.ndarray, wanted: dict) -> np.ndarray:
 
 def main(bundle: str, source: str, target: str) -> None:
     folder = pathlib.Path(bundle)
+    for name in ("bundle.json", "model.onnx"):
+        if not (folder / name).is_file():
+            sys.exit(f"{bundle}: {name} is missing; give a bundle that holds it")
+    if pathlib.Path(target).suffix.lower() != ".png":
+        sys.exit(f"{target}: a mask is a .png; other formats would change its classes")
     manifest = json.loads((folder / "bundle.json").read_text())
     image = model_input(read_image(source), manifest["input"])
     providers = onnxruntime.get_available_providers()

@@ -73,10 +73,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 def main(bundle: str, port: str = "8000") -> None:
     folder = pathlib.Path(bundle)
+    for name in ("bundle.json", "model.onnx"):
+        if not (folder / name).is_file():
+            sys.exit(f"{bundle}: {name} is missing; give a bundle that holds it")
     manifest = json.loads((folder / "bundle.json").read_text())
     kinds = manifest["input"]["height"], manifest["input"]["dtype"], manifest["output"]["name"]
     if kinds != ("any", "uint8", "ids"):
-        sys.exit(f"{bundle}: {kinds}; export it with --size=dynamic --input=uint8")
+        wanted = "--size=dynamic --input=uint8 --output_kind=ids"
+        sys.exit(f"{bundle}: {', '.join(map(str, kinds))}; export it with {wanted}")
     Handler.model = onnxruntime.InferenceSession(folder / "model.onnx")
     Handler.palette = np.array(manifest["labels"]["palette"], np.uint8)
     server = http.server.ThreadingHTTPServer(("localhost", int(port)), Handler)

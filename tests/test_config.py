@@ -82,20 +82,46 @@ SHARED = {  # flags that several commands define by one function, and other docu
 }
 
 
-@pytest.mark.parametrize(("module", "cell"), COMMANDS, ids=[name for name, _ in COMMANDS])
-def test_help_has_the_flags_that_the_readme_names(module, cell, monkeypatch):
-    shown, before = [], set(flags.FLAGS)
-    monkeypatch.setattr(cli, "run", lambda main: shown.append(flags.FLAGS.main_module_help()))
-    monkeypatch.setattr(sys, "argv", [module])
-    path = ROOT / module.replace(".", "/")
-    path = path / "__main__.py" if path.is_dir() else path.with_suffix(".py")
-    try:
+@pytest.fixture
+def started(monkeypatch):
+    """Calls a function in place of a module's command, once its flags are defined."""
+    before = set(flags.FLAGS)
+
+    def start(module, function):
+        monkeypatch.setattr(cli, "run", lambda main: function())
+        monkeypatch.setattr(sys, "argv", [module])
+        path = ROOT / module.replace(".", "/")
+        path = path / "__main__.py" if path.is_dir() else path.with_suffix(".py")
         runpy.run_path(str(path), run_name="__main__")
-    finally:
-        for name in set(flags.FLAGS) - before:
-            delattr(flags.FLAGS, name)
+
+    yield start
+    for name in set(flags.FLAGS) - before:
+        delattr(flags.FLAGS, name)
+
+
+@pytest.mark.parametrize(("module", "cell"), COMMANDS, ids=[name for name, _ in COMMANDS])
+def test_help_has_the_flags_that_the_readme_names(module, cell, started):
+    shown = []
+    started(module, lambda: shown.append(flags.FLAGS.main_module_help()))
     named = set(re.findall(r"--(\w+)", cell)) | SHARED.get(module, set())
     assert named <= set(re.findall(r"^ +--(?:\[no\])?(\w+):", shown[0], re.MULTILINE))
+
+
+@pytest.mark.parametrize(
+    ("module", "word", "message"),
+    [
+        ("benchmark", "--what=", "flag --what=[]: no name; allowed: train, infer, input,"),
+        ("benchmark", "--what=train,trian", "'trian'; allowed: train, infer, input,"),
+        ("export", "--format=", "flag --format=[]: no name; allowed: stablehlo, onnx"),
+        ("export", "--format=tflite", "'tflite'; allowed: stablehlo, onnx"),
+    ],
+)
+def test_lists_of_names(module, word, message, started, capsys):
+    argv = [module, word] + ["--config=configs/demo.py"] * (module == "benchmark")
+    with pytest.raises(SystemExit) as end:
+        started(f"duc_dlc_jax.{module}", lambda: cli._parse(argv))
+    assert end.value.code == 2
+    assert message in capsys.readouterr().err
 
 
 def test_help_is_no_error(capsys):

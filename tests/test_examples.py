@@ -9,11 +9,13 @@ import importlib.util
 import io
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 import urllib.error
 import urllib.request
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -23,6 +25,7 @@ from duc_dlc_jax.data.builders import scenes
 from duc_dlc_jax.export import __main__ as command
 from duc_dlc_jax.export import bundle as bundles
 from duc_dlc_jax.export import folding, manifest, runtimes
+from duc_dlc_jax.models import layers
 from networks import NARROW
 from repository import parsed
 from runs import environment, untrained_workdir
@@ -34,13 +37,27 @@ IMAGE = scenes.draw("val", 1)[0][:93, :131]
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory):
-    """A bundle whose gate did not run: `test_export.py` has those."""
+def folder(tmp_path_factory):
+    """Bundles of one network whose gate did not run: `test_export.py` has those."""
     folder = tmp_path_factory.mktemp("examples")
     run = workdirs.load(untrained_workdir(folder / "run", NARROW))
     network = folding.FoldedNetwork(run.model, run.variables)
-    command._write_models(folder / "bundle", run, network, manifest.Options())
+    floats = manifest.Options(input="float32", output_kind="logits")
+    for name, options in {"bundle": manifest.Options(), "floats": floats}.items():
+        command._write_models(folder / name, run, network, options)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def bundle(folder):
+    """Takes uint8 images, gives ids."""
     return folder / "bundle"
+
+
+@pytest.fixture(scope="module")
+def floats(folder):
+    """Takes normalised images, gives logits."""
+    return folder / "floats"
 
 
 @pytest.fixture(scope="module")
@@ -94,8 +111,8 @@ def module(name):
 
 
 @pytest.mark.parametrize("name", ["predict_jax", "predict_onnxruntime"])
-def test_python_examples(name, bundle, expected, files):
-    """In a folder of its own; then each bad image, without starting Python again."""
+def test_python_examples(name, bundle, floats, expected, files):
+    """In a folder of its own; then other bundles and images, without starting Python again."""
     arguments = [bundle, files / "photo.png", files / "mask.png"]
     subprocess.run(
         [sys.executable, EXAMPLES / f"{name}.py", *arguments],
@@ -107,6 +124,14 @@ def test_python_examples(name, bundle, expected, files):
         assert (np.asarray(mask) == expected).mean() > 0.999
         assert mask.getpalette()[3:6] == list(bundles.read(bundle).spec.palette[1])
     program = module(name)
+    wanted = bundles.read(floats).manifest["input"]
+    normal = layers.normalize(jnp.asarray(IMAGE[None]), jnp.float32)
+    np.testing.assert_allclose(program.model_input(IMAGE, wanted), normal, atol=1e-6)
+    program.main(str(floats), str(files / "photo.png"), str(files / "floats.png"))
+    with Image.open(files / "floats.png") as mask:
+        assert (np.asarray(mask) == expected).mean() > 0.999
+    with pytest.raises(SystemExit, match=r"mask\.jpg: a mask is a \.png"):
+        program.main(str(bundle), str(files / "photo.png"), str(files / "mask.jpg"))
     for bad, message in BAD.items():
         target = files / f"{bad}-mask.png"
         with pytest.raises(SystemExit, match=message):
@@ -156,9 +181,21 @@ def test_web_server(server, bundle, expected, files):
 def test_the_web_server_refuses_bundles_that_it_cannot_serve(bundle, tmp_path):
     read = bundles.read(bundle)
     changed = dataclasses.replace(read, path=tmp_path).manifest
+    shutil.copy(bundle / "model.onnx", tmp_path)
     bundles.write(tmp_path, changed | {"input": changed["input"] | {"height": 48, "width": 64}})
-    with pytest.raises(SystemExit, match="--size=dynamic"):
+    with pytest.raises(SystemExit, match="--size=dynamic --input=uint8 --output_kind=ids"):
         module("web_server").main(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", PYTHON)
+def test_folders_that_hold_no_such_model(name, bundle, tmp_path):
+    program = module(name)
+    arguments = ["8000"] if name == "web_server" else ["photo.png", "mask.png"]
+    with pytest.raises(SystemExit, match=r"bundle\.json is missing"):
+        program.main(str(tmp_path), *arguments)
+    shutil.copy(bundle / "bundle.json", tmp_path)
+    with pytest.raises(SystemExit, match=r"model\.\w+ is missing; give a bundle that holds it"):
+        program.main(str(tmp_path), *arguments)
 
 
 @pytest.mark.export

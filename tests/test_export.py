@@ -176,6 +176,18 @@ def test_stablehlo_of_any_size_says_what_the_network_says(name, size):
     assert relative(jit(exported.call)(image), expected) < 5e-6
 
 
+def test_stablehlo_finds_ids_alike_on_every_platform():
+    """What a CPU runs, and what GPUs and TPUs run: both here."""
+    name = "half-pixel grid, output upsampled"
+    image, expected = example(name, ODD)
+    folded = folding.FoldedNetwork(*network(name))
+    logits = jit(functools.partial(folded.logits, coarse=True))(image)
+    for way in (stablehlo.by_class, stablehlo.at_once):
+        ids = jit(functools.partial(way, folded.model, ODD))(logits)
+        assert ids.dtype == np.uint8
+        assert (ids == expected.argmax(-1)).mean() > 0.9999
+
+
 @pytest.mark.parametrize(
     ("dtype", "least", "most"), [("float16", 1e-5, 5e-3), ("bfloat16", 1e-4, 3e-2)]
 )
@@ -233,6 +245,9 @@ def test_expectations_tell_ties_from_faults():
     assert gate.passes(expected.compare(logits + 0.009), 1e-2)
     assert not gate.passes(expected.compare(logits + 0.011), 1e-2)
     assert not gate.passes(expected.compare(logits * np.nan), 1e-2)
+    for broken in (np.nan, np.inf):
+        with pytest.raises(gate.GateError, match="the trained network's own logits are not finite"):
+            gate.Expected.of(np.where(logits > 0, broken, 0), 1e-2)
 
 
 @pytest.fixture(scope="module")
@@ -276,6 +291,7 @@ def test_a_bundle_says_what_it_is(bundle, workdir):
         figures = read.manifest["gate"][form]
         assert [(one["height"], one["width"]) for one in figures] == [SMALL, ODD]
         assert all(one["wrong"] == 0 and one["agreement"] > 0.999 for one in figures)
+    assert read.manifest["gate"]["stablehlo_platform"] == jax.default_backend()
     assert str(workdir) not in (bundle / "bundle.json").read_text()
     figures = gate.verify(bundle)
     assert {one["wrong"] for listed in figures.values() for one in listed} == {0}
@@ -289,7 +305,7 @@ def test_a_bundle_says_what_it_is(bundle, workdir):
     [
         ("deeplabv3_resnet50", "torchvision", "BSD-3-Clause", "trained on COCO"),
         ("some/where/backbone.npz", "keras_v1", "MIT, as published", "Keras ResNet v1"),
-        ("some/where/backbone.npz", "", "unknown", "unknown"),
+        ("some/where/backbone.npz", "", "unknown", "the file backbone.npz, of unknown origin"),
     ],
 )
 def test_the_licence_of_the_first_weights_goes_along(weights, source, licence, origin):
@@ -299,6 +315,23 @@ def test_the_licence_of_the_first_weights_goes_along(weights, source, licence, o
     assert said["licence"] == licence
     assert origin in said["origin"]
     assert "/" not in said["file"]
+
+
+def test_the_licence_goes_along_through_runs(tmp_path, monkeypatch):
+    """Also from a home folder, and not for ever round a circle."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    first, second = config_lib.default(), config_lib.default()
+    first.init.weights, second.init.checkpoint = "resnet50", "~/first"
+
+    def said(config):
+        (tmp_path / "first").mkdir(exist_ok=True)
+        (tmp_path / "first" / "config.json").write_text(config_lib.to_json(config))
+        return manifest._weights(second)
+
+    assert (said(first)["licence"], said(first)["through"]) == ("BSD-3-Clause", "first")
+    assert said(second)["origin"] == "the run first, which starts from itself"
+    second.init.checkpoint = "~/gone"
+    assert said(first)["origin"] == "the run gone, which cannot be read"
 
 
 def test_one_flipped_bit_is_noticed(bundle, tmp_path):
@@ -317,6 +350,66 @@ def test_one_flipped_bit_is_noticed(bundle, tmp_path):
     (copy / "other").touch()
     with pytest.raises(DataError, match=r"(?s)other: not in SHA256SUMS.*model.onnx: missing"):
         gate.verify(copy)
+
+
+@pytest.fixture(scope="module")
+def normalised(workdir, tmp_path_factory):
+    """A bundle of float32 images and logits, in ONNX, whose gate did not run."""
+    pytest.importorskip("onnxruntime", reason="the export extra is not installed")
+    path, run = tmp_path_factory.mktemp("normalised") / "bundle", workdirs.load(workdir)
+    options = manifest.Options(("onnx",), input="float32", output_kind="logits")
+    network = folding.FoldedNetwork(run.model, run.variables)
+    command._write_models(path, run, network, options)
+    batches = gate.pairs(images_of(SMALL), SMALL)
+    expected = [gate.Expected.of(gate.reference(run.model, run.variables, batches[0]), 1e-4)]
+    gate.write_check(path, batches, expected)
+    content = bundles.read(path).manifest
+    content["gate"]["tolerance"] = 1e-4
+    bundles.write(path, content)
+    return path
+
+
+@pytest.fixture
+def changed(normalised, tmp_path):
+    """Writes a copy of `normalised` with another part of its manifest, and valid checksums."""
+
+    def change(part, **values):
+        path = tmp_path / "bundle"
+        shutil.copytree(normalised, path)
+        content = bundles.read(path).manifest
+        bundles.write(path, content | {part: content[part] | values})
+        return path
+
+    return change
+
+
+def test_the_gate_proves_mean_and_deviation(normalised, changed):
+    [figures] = gate.verify(normalised)["onnx"]
+    assert figures["max_difference"] < 1e-5
+    path = changed("input", mean=layers.IMAGE_STD, std=layers.IMAGE_MEAN)
+    with pytest.raises(gate.GateError, match="onnx model does not answer"):
+        gate.verify(path)
+
+
+def test_a_model_that_does_not_run_does_not_pass(changed):
+    with pytest.raises(gate.GateError, match=r"onnx does not run: .*data type"):
+        gate.verify(changed("input", dtype="uint8"))
+
+
+def test_the_last_check_is_of_what_was_written(workdir, small_sizes, tmp_path, monkeypatch):
+    """The images in check.npz are not those that were judged: nothing is left."""
+    pytest.importorskip("onnxruntime", reason="the export extra is not installed")
+    write = gate.write_check
+
+    def mirrored(path, batches, expected):
+        write(path, [batch[:, ::-1] for batch in batches], expected)
+
+    monkeypatch.setattr(gate, "check", lambda *_: [])
+    monkeypatch.setattr(gate, "write_check", mirrored)
+    options = manifest.Options(("onnx",), output_kind="logits")
+    with pytest.raises(gate.GateError, match="onnx model does not answer"):
+        command.export(workdirs.load(workdir), tmp_path / "bundle", options)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_planted_fault_a_swapped_channel_writes_no_bundle(
@@ -342,7 +435,6 @@ def test_planted_fault_a_swapped_channel_writes_no_bundle(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"formats": ("tflite",)}, "--format=tflite; allowed: stablehlo, onnx"),
         ({"dtype": "bfloat16"}, "no bfloat16 convolution"),
     ],
 )

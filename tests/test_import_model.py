@@ -16,6 +16,7 @@ from duc_dlc_jax import config as config_lib
 from duc_dlc_jax import import_model, workdirs
 from duc_dlc_jax.config import ConfigError
 from duc_dlc_jax.data.labels import label_spec
+from duc_dlc_jax.export import manifest
 from duc_dlc_jax.labelling import Predictor
 from duc_dlc_jax.models import deeplabv3, segmenter, weights
 from duc_dlc_jax.models.tensor_files import read_tensors
@@ -145,6 +146,24 @@ def test_a_first_prediction_needs_no_training(small, tmp_path, monkeypatch):
         import_model.import_model("small", tmp_path / "model")
 
 
+def test_a_file_has_no_licence_that_nobody_declared(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(import_model.workdirs, "create", lambda *_: None)
+    config = import_model.import_model(str(small[1]), tmp_path / "model", "voc")
+    said = manifest._weights(config)
+    assert said["licence"] == "unknown"
+    assert said["origin"] == "the file small.pth, of unknown origin"
+
+
+def test_the_flag_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"^--weights=.*w\.pth: no such file"):
+        import_model.import_model(str(tmp_path / "w.pth"), tmp_path / "model")
+    (tmp_path / "w.h5").touch()
+    with pytest.raises(ConfigError, match=r"--weights takes \.npz"):
+        import_model.import_model(str(tmp_path / "w.h5"), tmp_path / "model")
+    with pytest.raises(ConfigError, match=r"^--weights=something is neither"):
+        import_model.import_model("something", tmp_path / "model")
+
+
 def test_files_that_are_no_deeplab(small, tmp_path):
     _, path = small
     tensors = read_tensors(path)
@@ -159,6 +178,15 @@ def test_files_that_are_no_deeplab(small, tmp_path):
     refused(backbone, r"holds a backbone and no segmenter: give it as config\.init\.weights")
     fcn = {"classifier.0.weight": np.zeros((8, 2048, 3, 3), np.float32)}
     refused(backbone | fcn, "is not torchvision's DeepLabv3")
+    head = {name: v for name, v in tensors.items() if name not in backbone}
+    mobile = {"backbone.0.0.weight": np.zeros((16, 3, 3, 3), np.float32)}
+    refused(mobile | head, r"names look like backbone\.0\.0\.weight, classifier\.0", labels="voc")
+    for name in ("classifier.1.weight", "classifier.4.weight"):
+        refused(tensors | {name: np.float32(1)}, f"has no convolution {name}", labels="voc")
+    three = {name: v for name, v in tensors.items() if "layer4" not in name}
+    refused(three, r"has \(1, 1, 1, 0\) blocks in its stages", labels="voc")
+    unstemmed = {name: v for name, v in tensors.items() if name != "backbone.bn1.weight"}
+    refused(unstemmed, "has no convolution layer1.0.conv1.weight", labels="voc")
     refused(tensors, "21 classes and does not name them: give --labels")
     refused(tensors, "camvid has 11 classes, the network of .* 21", labels="camvid")
     del tensors["classifier.0.convs.2.1.running_var"]

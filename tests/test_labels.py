@@ -5,7 +5,14 @@ import json
 import numpy as np
 import pytest
 
-from duc_dlc_jax.data.labels import IGNORE, DataError, LabelSpec, label_spec, voc_colour
+from duc_dlc_jax.data.labels import (
+    IGNORE,
+    DataError,
+    LabelSpec,
+    label_spec,
+    named_or_read,
+    voc_colour,
+)
 
 CLASSES = {
     "camvid": 11,
@@ -101,6 +108,10 @@ def test_colourise_uses_the_palette_and_paints_ignore_black():
 def test_unknown_name_gives_the_nearest():
     with pytest.raises(ValueError, match="did you mean 'cityscapes'"):
         label_spec("cityscape")
+    with pytest.raises(ValueError, match=r"valid names: .*, scenes, or that of folders"):
+        label_spec("voce")
+    with pytest.raises(ValueError, match=r"mean 'voc'.*, scenes, voc, or a file labels\.json"):
+        named_or_read("voce")
 
 
 def test_contradictory_specification_is_refused():

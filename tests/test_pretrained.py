@@ -114,6 +114,21 @@ def test_a_missing_tensor_is_refused_by_name(tmp_path, name):
         load(write(tmp_path / "w.npz", tensors), model_config())
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("layer2.0.conv2.weight", np.nan, "not finite"),
+        ("bn1.running_mean", np.inf, "not finite"),
+        ("layer4.0.bn3.running_var", -1e-3, "negative"),
+    ],
+)
+def test_values_that_no_network_has_are_refused(tmp_path, name, value, message):
+    tensors = file_tensors()
+    tensors[name].flat[-1] = value
+    with pytest.raises(ValueError, match=rf"w\.npz: tensor {name} has .*{message}"):
+        load(write(tmp_path / "w.npz", tensors), model_config())
+
+
 def test_wrong_files(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"config\.init\.weights=.*no such file"):
         load(tmp_path / "none.npz", model_config())

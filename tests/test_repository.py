@@ -226,6 +226,14 @@ def test_make_targets_of_the_documents_exist():
             assert named <= targets, f"{path.name}: make {line}; targets: {sorted(targets)}"
 
 
+def test_the_rows_of_conversion_do_not_hide_a_failure():
+    command = ["make", "--silent", "--old-file=install", "conversion", "EXTRAS="]
+    for code, said in ((0, 0), (3, 2)):
+        words = [*command, f"PYTEST=sh -c 'echo other; echo \"| row\"; exit {code}'"]
+        done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+        assert (done.stdout, done.returncode) == ("| row\n", said), done.stderr
+
+
 def test_every_marker_has_a_target_and_is_out_of_the_fast_suite():
     makefile = (ROOT / "Makefile").read_text()
     markers = [m.partition(":")[0] for m in PROJECT["tool"]["pytest"]["ini_options"]["markers"]]

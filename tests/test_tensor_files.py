@@ -79,10 +79,10 @@ def test_a_tensor_outside_the_state_dict_is_refused(tmp_path, before):
 
 
 def test_a_truncated_pth_is_refused(tmp_path):
-    for name in ("w.pth", "old.pth"):
+    for name, reason in (("w.pth", "truncated: the end of the archive"), ("old.pth", "storage")):
         path = write(tmp_path / name, file_tensors())
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-        with pytest.raises(ValueError, match="not a state dict"):
+        with pytest.raises(ValueError, match=f"not a state dict of plain tensors: {reason}"):
             tensor_files.read_tensors(path)
 
 
@@ -162,6 +162,29 @@ def test_pth_of_every_dtype_views_and_wrappers(tmp_path):
     torch.save(module, path)  # a pickled module needs its class
     with pytest.raises(ValueError, match="Conv2d, which is not a tensor"):
         tensor_files.read_tensors(path)
+
+
+def test_a_state_dict_beside_other_things(tmp_path):
+    torch = pytest.importorskip("torch", reason="writing a .pth needs torch; reading does not")
+    ours, other = {"w": torch.ones(2)}, {"w": torch.zeros(2)}
+    optimizer = {"state": {0: {"momentum": torch.zeros(2)}}, "param_groups": [{"lr": 0.1}]}
+    path = tmp_path / "w.pth"
+    for content in (
+        {"net": ours},
+        {"model_state_dict": ours, "optimizer": optimizer, "epoch": 3, "loss": torch.zeros(())},
+        {"ema": other, "model": ours},
+        {"model": other, "state_dict": ours},
+    ):
+        torch.save(content, path)
+        np.testing.assert_array_equal(tensor_files.read_tensors(path)["w"], [1, 1])
+    for content, message in (
+        ({"net": ours, "ema": other}, r"holds tensors under net, ema\. Save those"),
+        ({"epoch": 3, "args": {"lr": 1}}, r"no state dict, and no tensor; its keys: epoch, args"),
+        ({}, "its keys: nothing"),
+    ):
+        torch.save(content, path)
+        with pytest.raises(ValueError, match=message):
+            tensor_files.read_tensors(path)
 
 
 def test_legacy_pth_says_how_to_convert(tmp_path):

@@ -280,8 +280,6 @@ def main(_) -> None:
     if args.evaluate:
         figures.update(measure_evaluation(args))
         return
-    if unknown := set(args.what) - set(KINDS):
-        raise config_lib.ConfigError(f"--what={','.join(unknown)}; allowed: {', '.join(KINDS)}")
     if "layers" in args.what:
         measure_layers(args, figures)
     if {"train", "infer", "networks", "memory"} & set(args.what):
@@ -296,7 +294,7 @@ def main(_) -> None:
 
 if __name__ == "__main__":
     config_flags.DEFINE_config_file("config", None, "Configuration, see configs/.")
-    flags.DEFINE_list("what", ["train", "infer"], f"What is timed, of {', '.join(KINDS)}.")
+    cli.define_names("what", KINDS, "What is timed.", default=("train", "infer"))
     flags.DEFINE_integer("steps", 5, "Calls of a round; rounds with --what=input.", 1)
     flags.DEFINE_integer("rounds", 5, "Rounds of train and infer.", 1)
     flags.DEFINE_string("size", "", "HEIGHTxWIDTH of the image that infer labels.")

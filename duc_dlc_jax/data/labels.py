@@ -155,15 +155,9 @@ def label_spec(name: str, masks: str = "ids") -> LabelSpec:
       KeyError: the data set has no such masks.
     """
     table = _table()
-    valid = sorted([*table, "pascal_context"])
-    if name not in valid:
-        near = difflib.get_close_matches(name, valid, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        listed = ", ".join(filter(is_known, valid))
-        raise ConfigError(
-            f"unknown data set {name!r}: {hint}valid names: {listed}, or "
-            "that of folders of your own that are prepared"
-        )
+    if name not in (valid := _names()):
+        own = "that of folders of your own that are prepared"
+        raise _unknown(name, [known for known in valid if is_known(known)], own)
     entry = table["pascal_context_60" if name == "pascal_context" else name]
     palette = entry.get("palette") or [voc_colour(i) for i in entry["raw_ids"]]
     first = 1 if name == "pascal_context" else 0  # 59 classes: without the background, raw id 0
@@ -197,6 +191,8 @@ def named_or_read(name: str) -> LabelSpec:
     """
     path = pathlib.Path(name)
     if not path.is_file():
+        if name not in _names():
+            raise _unknown(name, _names(), "a file labels.json")
         return label_spec(name)
     try:
         return LabelSpec.from_json(path.read_text())
@@ -204,9 +200,21 @@ def named_or_read(name: str) -> LabelSpec:
         raise ConfigError(f"{path} is no labels.json of a workdir: {error!r}") from error
 
 
+def _names() -> list[str]:
+    return sorted([*_table(), "pascal_context"])
+
+
+def _unknown(name: str, valid: list[str], other: str) -> ConfigError:
+    near = difflib.get_close_matches(name, _names(), n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return ConfigError(
+        f"unknown data set {name!r}: {hint}valid names: {', '.join(valid)}, or {other}"
+    )
+
+
 def is_known(name: str) -> bool:
     """Whether there is a builder of this name, which own folders may therefore not have."""
-    return (name in _table() or name == "pascal_context") and name not in WITHOUT_BUILDER
+    return name in _names() and name not in WITHOUT_BUILDER
 
 
 def voc_colour(index: int) -> tuple[int, int, int]:

@@ -55,7 +55,10 @@ def export(run: workdirs.Run, output: Path, options: manifest.Options, images: s
         for form in options.formats:
             content["gate"][form] = gate.check(paths, form, batches, expected, tolerance)
         gate.write_check(paths[0], batches, expected)
+        if "stablehlo" in options.formats:
+            content["gate"]["stablehlo_platform"] = gate.platform()
         bundles.write(paths[0], content)
+        gate.verify(paths[0])  # what was written, and a batch of 1
         shutil.move(paths[0], output)
     return content
 
@@ -131,7 +134,7 @@ def guarded(argv) -> None:
 if __name__ == "__main__":
     flags.DEFINE_string("workdir", "", "The workdir of a run.")
     flags.DEFINE_string("output", "", "The bundle, a folder that does not exist yet.")
-    flags.DEFINE_list("format", ["stablehlo", "onnx"], "stablehlo, onnx or both.")
+    cli.define_names("format", tuple(BUILDERS), "Of the model.", default=tuple(BUILDERS))
     flags.DEFINE_enum("input", "uint8", ["uint8", "float32"], "RGB, or normalised RGB.")
     flags.DEFINE_enum("output_kind", "ids", list(folding.OUTPUTS), "Classes, or their logits.")
     flags.DEFINE_enum("dtype", "float32", list(gate.TOLERANCE), "Of weights and activations.")

@@ -54,7 +54,13 @@ class Expected:
 
     @classmethod
     def of(cls, logits: np.ndarray, tolerance: float) -> Expected:
+        """Raises GateError for logits that are not finite."""
         largest = float(np.abs(logits).max())
+        if not np.isfinite(largest):
+            raise GateError(
+                "the trained network's own logits are not finite, so nothing can be compared with "
+                "them; `python -m duc_dlc_jax.surgery show` says which of its weights are not"
+            )
         leads = [np.diff(np.partition(row, (-2, -1))[..., -2:])[..., 0] for row in logits]
         decided = np.stack(leads) > 2 * tolerance * largest
         return cls(logits.argmax(-1).astype(np.uint8), decided, logits, largest)
@@ -125,14 +131,19 @@ def read_photos(folder: str, count: int) -> list[np.ndarray]:
     return [codec.decode_image(p.read_bytes(), str(p)) for p in paths[:count]]
 
 
+def platform() -> str:
+    """What runs StableHLO in a fresh process: "cpu" or "gpu"."""
+    return "cpu" if jax.default_backend() == "tpu" else jax.default_backend()
+
+
 def run_apart(paths: list[Path], form: str, batches: list[np.ndarray]) -> list[list[np.ndarray]]:
     """The outputs of each bundle's model in a fresh process. Raises GateError where it fails.
 
     It shares a GPU with this one, and runs on the CPU where this one holds a TPU.
     """
     env = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-    if jax.default_backend() == "tpu":
-        env["JAX_PLATFORMS"] = "cpu"
+    if platform() != jax.default_backend():
+        env["JAX_PLATFORMS"] = platform()
     with tempfile.TemporaryDirectory() as folder:
         files = [str(Path(folder, name)) for name in ("inputs.npz", "outputs.npz")]
         arrays: dict[str, Any] = {f"{i}": batch for i, batch in enumerate(batches)}
@@ -216,7 +227,11 @@ def verify(path: str | Path) -> dict[str, list[dict[str, Any]]]:
     figures = {}
     for form in bundle.formats:
         run = runtimes.load(bundle, form)
-        figures[form] = _judged(form, images, map(run, images), expected, tolerance)
+        try:
+            outputs = [run(image) for image in images]
+        except Exception as error:  # runtimes raise what they like
+            raise GateError(f"{form} does not run: {error}") from error
+        figures[form] = _judged(form, images, outputs, expected, tolerance)
     return figures
 
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 import duc_dlc_jax
 from duc_dlc_jax import config as config_lib
-from duc_dlc_jax import protocols, workdirs
+from duc_dlc_jax import protocols, storage, workdirs
 from duc_dlc_jax.config import ConfigError
 from duc_dlc_jax.export import bundle as bundles
 from duc_dlc_jax.export import stablehlo
@@ -45,11 +45,6 @@ class Options:
 
     def check(self) -> None:
         """Raises ConfigError for what cannot be exported."""
-        unknown = set(self.formats) - set(bundles.FILES)
-        if unknown or not self.formats:
-            raise ConfigError(
-                f"--format={','.join(self.formats)}; allowed: {', '.join(bundles.FILES)}, or both"
-            )
         if "onnx" not in self.formats:
             return
         if self.dtype == "bfloat16":
@@ -138,23 +133,32 @@ def _evaluation(run: workdirs.Run) -> dict[str, Any] | None:
     return None
 
 
-def _weights(config: Any) -> dict[str, Any]:
-    """Where the first weights came from, also through the run that this one started from."""
+def _weights(config: Any, passed: frozenset[str] = frozenset()) -> dict[str, Any]:
+    """Where the first weights came from, also through the run that this one started from.
+
+    passed: workdirs on the way here; a run that leads back to one of them ends it.
+    """
     if config.init.checkpoint:
-        start = Path(config.init.checkpoint)
-        if (start / "config.json").is_file():
-            first = config_lib.from_json((start / "config.json").read_text())
-            return {**_weights(first), "through": start.name}
-        return {"file": None, "origin": f"the run {start.name}, now gone", "licence": "unknown"}
+        try:
+            start = storage.absolute(storage.path(config.init.checkpoint).expanduser())
+            text = storage.read(start / "config.json")
+        except storage.errors():
+            text = ""
+        name = Path(config.init.checkpoint).name
+        if text and str(start) not in passed:
+            first = config_lib.from_json(text)
+            return {**_weights(first, passed | {str(start)}), "through": name}
+        why = "starts from itself" if text else "cannot be read"
+        return {"file": None, "origin": f"the run {name}, which {why}", "licence": "unknown"}
     if not config.init.weights:
         return {"file": None, "origin": "trained from scratch", "licence": "the trainer's"}
     known = weights.TABLE.get(config.init.weights)
     if known:
         origin, licence = f"{known.owner}, trained on {known.data}", known.licence
         return {"file": known.file, "url": known.url, "origin": origin, "licence": licence}
-    source = pretrained.SOURCES.get(config.init.source)
+    name, source = Path(config.init.weights).name, pretrained.SOURCES.get(config.init.source)
     return {
-        "file": Path(config.init.weights).name,
-        "origin": source.note if source else "unknown: config.init.source is empty",
+        "file": name,
+        "origin": source.note if source else f"the file {name}, of unknown origin",
         "licence": f"{source.licence}, as published" if source else "unknown",
     }

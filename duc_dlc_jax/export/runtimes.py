@@ -18,8 +18,6 @@ from duc_dlc_jax.data.labels import DataError
 from duc_dlc_jax.export.bundle import Bundle, read
 
 FORMS = ("stablehlo", "onnx", "openvino")
-IMAGE_MEAN = np.array([0.485, 0.456, 0.406], np.float32)  # as in models/layers.py, without JAX
-IMAGE_STD = np.array([0.229, 0.224, 0.225], np.float32)
 
 
 def load(bundle: Bundle, form: str = "", threads: int = 0) -> Callable[[np.ndarray], np.ndarray]:
@@ -36,13 +34,14 @@ def load(bundle: Bundle, form: str = "", threads: int = 0) -> Callable[[np.ndarr
         raise ConfigError(f"{bundle.path} holds {', '.join(bundle.formats)}, not {form!r}")
     start = (_stablehlo, _onnx, _openvino)[FORMS.index(form)]
     run = start(bundle, threads)
-    floats = bundle.manifest["input"]["dtype"] == "float32"
+    wanted = bundle.manifest["input"]
 
     def infer(images: np.ndarray) -> np.ndarray:
         check_size(bundle, images.shape[1:3])
-        if floats:
-            scaled = images.astype(np.float32) / 255 - IMAGE_MEAN.reshape(1, 1, 1, 3)
-            images = scaled / IMAGE_STD.reshape(1, 1, 1, 3)
+        if wanted["dtype"] == "float32":
+            mean, std = (np.asarray(wanted[name], np.float32) for name in ("mean", "std"))
+            scaled = images.astype(np.float32) / 255 - mean[None, None, None]
+            images = scaled / std[None, None, None]
         return run(images)
 
     return infer

@@ -12,6 +12,7 @@ from jax import export
 from duc_dlc_jax.export.folding import FoldedNetwork
 from duc_dlc_jax.inference import class_by_class
 from duc_dlc_jax.models import resizing
+from duc_dlc_jax.models.segmenter import Segmenter
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 MIN_SIDE = 32  # pixels: a cell of the coarsest grid
@@ -33,22 +34,28 @@ def build(network: FoldedNetwork, size: tuple[int, int] | None, dtype: Any, kind
 
 def _ids(network: FoldedNetwork, images: jax.Array) -> jax.Array:
     """As `FoldedNetwork.ids`; on a CPU class by class, as the evaluation finds them."""
-    model, size = network.model, images.shape[1:3]
-    grid, stride = model.resize_grid, model.logit_stride
-    if stride == 1:
+    if network.model.logit_stride == 1:
         return network.ids(images)
+    geometry = network.model, images.shape[1:3]
+    return jax.lax.platform_dependent(
+        network.logits(images, coarse=True),
+        cpu=functools.partial(by_class, *geometry),
+        default=functools.partial(at_once, *geometry),
+    )
 
-    def by_class(logits):
-        tables = []
-        for cells, pixels in zip(logits.shape[1:3], size, strict=True):
-            sizes = jnp.asarray([cells]), jnp.asarray([pixels])
-            table = resizing.interpolation_positions(*sizes, pixels, grid, 1 / stride)
-            tables.append([jnp.broadcast_to(x, (logits.shape[0], pixels)) for x in table])
-        return class_by_class(logits, *tables)
 
-    def at_once(logits):
-        logits = resizing.resize_bilinear(logits, size, grid, 1 / stride)
-        return logits.argmax(-1).astype(jnp.uint8)
+def by_class(model: Segmenter, size: tuple[int, int], logits: jax.Array) -> jax.Array:
+    """Logits [B, h, w, K] on the network's own grid -> train ids uint8 [B, *size]."""
+    tables = []
+    for cells, pixels in zip(logits.shape[1:3], size, strict=True):
+        sizes = jnp.asarray([cells]), jnp.asarray([pixels])
+        step = 1 / model.logit_stride
+        table = resizing.interpolation_positions(*sizes, pixels, model.resize_grid, step)
+        tables.append([jnp.broadcast_to(x, (logits.shape[0], pixels)) for x in table])
+    return class_by_class(logits, *tables)
 
-    logits = network.logits(images, coarse=True)
-    return jax.lax.platform_dependent(logits, cpu=by_class, default=at_once)
+
+def at_once(model: Segmenter, size: tuple[int, int], logits: jax.Array) -> jax.Array:
+    """As `by_class`, of whole logits: what GPUs and TPUs run."""
+    logits = resizing.resize_bilinear(logits, size, model.resize_grid, 1 / model.logit_stride)
+    return logits.argmax(-1).astype(jnp.uint8)

@@ -18,6 +18,13 @@ from duc_dlc_jax.models import pretrained
 from duc_dlc_jax.models.layouts import Layout, recognise
 
 HEADS = ("classifier.", "aux_classifier.")
+# Convolutions that say what network it is, all [O, I, h, w].
+TELLING = (
+    "layer1.0.conv1.weight",
+    "classifier.0.convs.0.0.weight",
+    "classifier.1.weight",
+    "classifier.4.weight",
+)
 MODULES = {  # path in the Segmenter's variables -> torchvision's name
     "aspp/point_conv": "classifier.0.convs.0.0",
     "aspp/point_bn": "classifier.0.convs.0.1",
@@ -39,7 +46,8 @@ MODULES = {  # path in the Segmenter's variables -> torchvision's name
 def recognised(path: str | Path, tensors: Mapping[str, np.ndarray]) -> Layout:
     """The layout of a file that holds a whole DeepLabv3; its heads keep their names.
 
-    Raises ConfigError for a file of a backbone alone and for another segmenter.
+    Raises ConfigError for a file of a backbone alone and for another segmenter: what `model_fields`
+    and `num_classes` read is there.
     """
     layout = recognise(tensors)
     outer = layout.prefix.removesuffix("backbone.")
@@ -52,13 +60,18 @@ def recognised(path: str | Path, tensors: Mapping[str, np.ndarray]) -> Layout:
         raise ConfigError(
             f"{path} holds a backbone and no segmenter: give it as config.init.weights and train"
         )
-    if not {"classifier.0.convs.0.0.weight", "classifier.4.weight"} <= set(heads):
-        raise ConfigError(
-            f"{path} is not torchvision's DeepLabv3 with a ResNet, the one segmenter that is "
-            f"imported; its head has {', '.join(list(heads)[:4])}, ..."
-        )
     rest = {name: own for name, own in layout.names.items() if own not in heads.values()}
-    return Layout(layout.name, layout.stem, layout.source, layout.prefix, rest | heads)
+    whole = Layout(layout.name, layout.stem, layout.source, layout.prefix, rest | heads)
+    shapes = {name: tensors[own].shape for name, own in whole.names.items()}
+    wrong = [name for name in TELLING if len(shapes.get(name, ())) != 4]
+    if wrong or whole.depth() is None:
+        lacks = f"no convolution {wrong[0]}" if wrong else f"{whole.blocks()} blocks in its stages"
+        raise ConfigError(
+            f"{path} is not torchvision's DeepLabv3 with a ResNet-50 or 101, the one segmenter "
+            f"that is imported: it has {lacks}; its names look like "
+            f"{', '.join([*list(rest)[:2], *list(heads)[:4]])}"
+        )
+    return whole
 
 
 def model_fields(tensors: Mapping[str, np.ndarray], layout: Layout) -> dict[str, Any]:

@@ -158,7 +158,8 @@ def placed(
     """The tensors as a tree with the structure, shapes and dtypes of `wanted`.
 
     tensors: of the file `path`, by its own names; convolutions OIHW. Every name of `wanted` is one
-    of `layout.names`. Raises ConfigError for a shape that differs.
+    of `layout.names`. Raises ConfigError for a shape that differs, for values that are not finite
+    and for negative variances.
     """
     new = {}
     for name in (name for name in layout.names if name in wanted):
@@ -175,6 +176,13 @@ def placed(
                 "the file holds, or give another file."
             )
         value = value.astype(leaf.dtype)
+        finite = np.isfinite(value).all()
+        if not finite or (key[-1] == "var" and value.min() < 0):
+            bad = "negative values" if finite else "values that are not finite"
+            raise ConfigError(
+                f"{path}: tensor {layout.names[name]} has {bad}: the file is damaged, or its "
+                "training diverged. Give another file."
+            )
         if name in ("conv1.0.weight", "conv1.weight"):  # what reads the image
             value = _adapt_input(value, source)
         new[key] = jnp.asarray(value, leaf.dtype)

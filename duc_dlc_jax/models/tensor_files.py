@@ -21,21 +21,28 @@ import safetensors.numpy
 from duc_dlc_jax.config import ConfigError
 
 
-def check(path: Path) -> None:
-    """Raises FileNotFoundError or ConfigError where there is no file of a type that is read."""
+def check(path: Path, what: str = "config.init.weights") -> None:
+    """Raises FileNotFoundError or ConfigError where there is no file of a type that is read.
+
+    what: the field or flag that names the file, for the message.
+    """
     if not path.is_file():
-        raise FileNotFoundError(f"config.init.weights={path}: no such file.")
+        raise FileNotFoundError(f"{what}={path}: no such file.")
     if path.suffix not in _READERS:
         raise ConfigError(
             f"{path}: weights of type {path.suffix or '(no suffix)'} are not read; "
-            f"config.init.weights takes {', '.join(_READERS)}."
+            f"{what} takes {', '.join(_READERS)}."
         )
 
 
-def read_tensors(path: str | Path) -> dict[str, np.ndarray]:
-    """Every tensor of a .npz, .safetensors or zip-format .pth file; none of its code runs."""
+def read_tensors(path: str | Path, what: str = "config.init.weights") -> dict[str, np.ndarray]:
+    """Every tensor of a .npz, .safetensors or .pth file; none of its code runs.
+
+    what: as in `check`. Raises as `check`, and ConfigError for a file that is damaged or holds
+    something else.
+    """
     path = Path(path)
-    check(path)
+    check(path, what)
     return _READERS[path.suffix](path)
 
 
@@ -67,7 +74,7 @@ _STORAGES = {
 
 
 def _read_pth(path: Path) -> dict[str, np.ndarray]:
-    """The state dict that `torch.save` wrote, itself or under `state_dict` or `model`."""
+    """The state dict that `torch.save` wrote, itself or in a dict beside other things."""
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
@@ -77,16 +84,32 @@ def _read_pth(path: Path) -> dict[str, np.ndarray]:
                 content = _load_before_zip(file)
     except Exception as error:  # a damaged or hostile pickle can raise anything
         raise ConfigError(f"{path}: not a state dict of plain tensors: {error}") from error
-    for key in ("state_dict", "model"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: holds a {type(content).__name__}, not a state dict.")
-    return {
-        name: value.copy()
-        for name, value in content.items()
-        if isinstance(name, str) and isinstance(value, np.ndarray)
-    }
+    return {name: value.copy() for name, value in _state_dict(path, content).items()}
+
+
+def _state_dict(path: Path, content: dict[Any, Any]) -> dict[str, np.ndarray]:
+    """The tensors of a dict among the values, if there is one, or else those of `content`."""
+    inner = {key: _tensors(value) for key, value in content.items() if isinstance(value, dict)}
+    inner = {key: tensors for key, tensors in inner.items() if tensors}
+    found = [key for key in ("state_dict", "model") if key in inner][:1] or list(inner)
+    if len(found) == 1:
+        return inner[found[0]]
+    if found:
+        raise ConfigError(
+            f"{path}: holds tensors under {', '.join(map(str, found))}. Save those that are meant "
+            "alone, or under state_dict or model."
+        )
+    if not (tensors := _tensors(content)):
+        keys = ", ".join(map(str, list(content)[:6])) or "nothing"
+        raise ConfigError(f"{path}: holds no state dict, and no tensor; its keys: {keys}.")
+    return tensors
+
+
+def _tensors(content: dict[Any, Any]) -> dict[str, np.ndarray]:
+    named = {name: value for name, value in content.items() if isinstance(name, str)}
+    return {name: value for name, value in named.items() if isinstance(value, np.ndarray)}
 
 
 class _TensorUnpickler(pickle.Unpickler):
@@ -146,6 +169,7 @@ class _ZipUnpickler(_TensorUnpickler):
         return (flat.byteswap() if self._swap else flat).view(dtype)
 
 
+ZIP = b"PK\x03\x04"  # the first bytes of an archive
 MAGIC = 0x1950A86A20F9469CFC6C  # the first pickle of a file from before PyTorch 1.6
 
 
@@ -171,6 +195,9 @@ class _StreamUnpickler(_TensorUnpickler):
 
 
 def _load_before_zip(file: BinaryIO) -> Any:
+    if file.read(len(ZIP)) == ZIP:
+        raise pickle.UnpicklingError("truncated: the end of the archive is missing")
+    file.seek(0)
     if _TensorUnpickler(file).load() != MAGIC or _TensorUnpickler(file).load() != 1001:
         raise pickle.UnpicklingError(
             "neither of the formats that torch.save writes. Where PyTorch is installed: "

@@ -103,10 +103,13 @@ TABLE = {
 }
 
 
-def find(weights: str | Path, source: str = "") -> tuple[Path, str]:
+def find(
+    weights: str | Path, source: str = "", what: str = "config.init.weights"
+) -> tuple[Path, str]:
     """The file that `config.init.weights` means, and its source: `source`, or that of the name.
 
     A name of `TABLE` is downloaded unless the cache has it. Paths have a suffix of `SUFFIXES`.
+    what: the field or flag that names the weights, for the messages.
 
     Raises:
       ConfigError: no such name; another source than the name's; the file cannot be had or is not
@@ -118,18 +121,18 @@ def find(weights: str | Path, source: str = "") -> tuple[Path, str]:
             return Path(weights).expanduser(), source
         near = difflib.get_close_matches(str(weights), TABLE, 1)
         raise ConfigError(
-            f"config.init.weights={weights} is neither a file ({', '.join(SUFFIXES)}) nor a known "
+            f"{what}={weights} is neither a file ({', '.join(SUFFIXES)}) nor a known "
             f"name. {f'Did you mean {near[0]}? ' if near else ''}Names: {', '.join(TABLE)}."
         )
     if source not in ("", known.source):
         raise ConfigError(
-            f"config.init.weights={weights} comes from {known.source}, config.init.source is "
+            f"{what}={weights} comes from {known.source}, config.init.source is "
             f"{source!r}. Leave config.init.source empty."
         )
-    return fetched(str(weights), known), known.source
+    return fetched(str(weights), known, what), known.source
 
 
-def fetched(name: str, weights: Weights) -> Path:
+def fetched(name: str, weights: Weights, what: str = "config.init.weights") -> Path:
     """The verified file in the cache, downloaded if it is not there.
 
     Raises ConfigError as `find`.
@@ -143,7 +146,7 @@ def fetched(name: str, weights: Weights) -> Path:
         ) from error
     with _locked(path):
         if not path.exists():
-            _download(name, weights, path)
+            _download(name, weights, path, what)
         elif not (digest := storage.sha256(path)).startswith(weights.sha256):
             raise ConfigError(
                 f"{path} is not {weights.file} as its owner publishes it, or a part of it: its "
@@ -166,11 +169,11 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
-def _download(name: str, weights: Weights, path: Path) -> None:
+def _download(name: str, weights: Weights, path: Path, what: str) -> None:
     """Writes the file under another name, checks it, and then gives it its own."""
     by_hand = (
         f"Fetch {weights.url} on a machine with network and copy it to {path}, or give the file "
-        "itself as config.init.weights."
+        f"itself as {what}."
     )
     try:
         with storage.whole_file(path) as partial:
