@@ -304,7 +304,12 @@ def test_a_bundle_says_what_it_is(bundle, workdir):
     ("weights", "source", "licence", "origin"),
     [
         ("deeplabv3_resnet50", "torchvision", "BSD-3-Clause", "trained on COCO"),
-        ("some/where/backbone.npz", "keras_v1", "MIT, as published", "Keras ResNet v1"),
+        (
+            "some/where/backbone.npz",
+            "keras_v1",
+            "MIT if the file is theirs: not verified",
+            "Keras ResNet v1",
+        ),
         ("some/where/backbone.npz", "", "unknown", "the file backbone.npz, of unknown origin"),
     ],
 )

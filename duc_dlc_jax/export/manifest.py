@@ -160,5 +160,5 @@ def _weights(config: Any, passed: frozenset[str] = frozenset()) -> dict[str, Any
     return {
         "file": name,
         "origin": source.note if source else f"the file {name}, of unknown origin",
-        "licence": f"{source.licence}, as published" if source else "unknown",
+        "licence": f"{source.licence} if the file is theirs: not verified" if source else "unknown",
     }
