@@ -352,7 +352,7 @@ def test_predict_command(trained, scenes_dir, tmp_path):
     command = [sys.executable, "-m", "duc_dlc_jax.predict", f"--model={trained[0]}", *arguments]
     result = run([*command, "--outputs=ids,shares"], check=False)
     assert result.returncode == 1
-    assert "1 of 4 files could not be read" in result.stderr
+    assert "problems with 1 of 4 files" in result.stderr
     assert "broken.jpg: 12 bytes that are not a readable" in result.stderr
     assert "3 images in " in result.stdout
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["ids", "shares.jsonl"]
