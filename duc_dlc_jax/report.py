@@ -17,7 +17,7 @@ import cv2
 import numpy as np
 from etils import epath
 
-from duc_dlc_jax import metrics
+from duc_dlc_jax import metrics, storage
 from duc_dlc_jax.data.labels import LabelSpec
 
 LONGEST = 1024  # pixels of an image's longer side in the page; larger ones are shrunk
@@ -108,9 +108,7 @@ def runs(ids: np.ndarray) -> str:
 def curves(path: epath.Path) -> dict[str, list[list[float]]]:
     """[step, value] of each of `CURVES` in a run's metrics.jsonl; nothing where there is none."""
     found: dict[str, dict[int, float]] = {}
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    for line in lines:
-        values = json.loads(line)
+    for values in storage.json_lines(storage.read(path)):
         for name in CURVES:
             if values.get(name) is not None:
                 found.setdefault(name, {})[values["step"]] = values[name]

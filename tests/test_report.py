@@ -83,7 +83,7 @@ def test_curves_have_the_last_value_of_each_step(tmp_path):
     assert report.curves(path) == {}
     lines = [{"step": step, "train/loss": 1 / step} for step in range(1, 3002)]
     lines += [{"step": 3001, "val/mIoU": 0.5}, {"step": 3001, "val/mIoU": 0.6, "train/loss": None}]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 3002, "va')
     found = report.curves(path)
     assert found["val/mIoU"] == [[3001, 0.6]]
     assert len(found["train/loss"]) <= 1000

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 import duc_dlc_jax
 from duc_dlc_jax import config as config_lib
-from duc_dlc_jax import protocols, workdirs
+from duc_dlc_jax import protocols, storage, workdirs
 from duc_dlc_jax.config import ConfigError
 from duc_dlc_jax.export import bundle as bundles
 from duc_dlc_jax.export import stablehlo
@@ -123,10 +123,8 @@ def _version(package: str) -> str:
 
 def _evaluation(run: workdirs.Run) -> dict[str, Any] | None:
     """The scores that training took of this checkpoint, None if it took none."""
-    path = run.workdir / "metrics.jsonl"
-    lines = path.read_text("utf-8").splitlines() if path.is_file() else []
-    for line in reversed(lines):
-        values = json.loads(line)
+    lines = storage.json_lines(storage.read(run.workdir / "metrics.jsonl"))
+    for values in reversed(lines):
         if values["step"] == run.step and "val/mIoU" in values:
             figures = {k: v for k, v in values.items() if k.startswith(("val/", "val_iou/"))}
             figures.pop("val/images_per_second", None)
