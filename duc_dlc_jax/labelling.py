@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import jax
 import numpy as np
 
-from duc_dlc_jax import protocols, sharding
+from duc_dlc_jax import metrics, protocols, sharding
 from duc_dlc_jax.config import ConfigError
 from duc_dlc_jax.data.labels import IGNORE
 from duc_dlc_jax.export.runtimes import BundleModel
@@ -128,7 +128,6 @@ class BundlePredictor:
         failed: Callable[[Exception, Examples], None] = _raise,
     ) -> Iterator[tuple[Examples, np.ndarray]]:
         """As `Predictor.batches`, of one example each and in their order; variables: not read."""
-        classes = self._model.num_classes
         for example in examples:
             size, start = example["image"].shape[:2], time.monotonic()
             try:
@@ -140,11 +139,8 @@ class BundlePredictor:
                 self._sizes.add(size)
                 seconds, images = self.compiling
                 self.compiling = (seconds + time.monotonic() - start, images + 1)
-            matrix = np.zeros((classes, classes), np.int32)
-            if "label" in example:
-                counted = example["label"] != IGNORE
-                cells = example["label"][counted].astype(np.int64) * classes + ids[counted]
-                matrix += np.bincount(cells, minlength=classes**2).reshape(matrix.shape)
+            label = example.get("label", np.full_like(ids, IGNORE))
+            matrix = metrics.host_confusion_matrix(label, ids, self._model.num_classes)
             yield [dict(example, prediction=ids)], matrix
 
     def programs(self) -> dict[str, int]:

@@ -47,11 +47,8 @@ class ImageScores:
 
 def image_scores(example: dict[str, Any], classes: int) -> dict[str, Any]:
     """`metrics.scores` of one image."""
-    label, prediction = example["label"].ravel(), example["prediction"].ravel()
-    kept = label < classes
-    cells = label[kept].astype(np.int64) * classes + prediction[kept]
-    matrix = np.bincount(cells, minlength=classes * classes).reshape(classes, classes)
-    return metrics.scores(matrix)
+    counted = metrics.host_confusion_matrix(example["label"], example["prediction"], classes)
+    return metrics.scores(counted)
 
 
 def choose(mious: np.ndarray, count: int) -> dict[str, list[int]]:
@@ -85,6 +82,7 @@ def picture(example: dict[str, Any], group: str, classes: int) -> dict[str, Any]
         "name": example["name"],
         "miou": _number(scores["mIoU"]),
         "pa": _number(scores["PA"]),
+        "present": np.flatnonzero(np.isfinite(scores["iou"])).tolist(),  # in all its pixels
         "width": size[0],
         "height": size[1],
         "photo": "data:image/jpeg;base64," + base64.b64encode(jpeg.tobytes()).decode(),
