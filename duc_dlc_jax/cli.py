@@ -189,6 +189,8 @@ def define_names(name: str, allowed: Sequence[str], help_text: str) -> None:
     """Defines a flag that takes one or several of the allowed names, separated by commas."""
 
     def check(names: list[str]) -> bool:
+        if flags.FLAGS[name].present > 1:  # absl would take the last one
+            raise flags.ValidationError("given more than once; separate the names by commas")
         for i, word in enumerate(names):
             if word not in allowed or word in names[:i]:
                 twice = " twice" if word in allowed else ""
