@@ -223,11 +223,11 @@ def main(_) -> None:
     if args.boundary_width != boundaries.IOU_WIDTH and not args.boundary:
         raise ConfigError(f"--boundary_width={args.boundary_width:g} needs --boundary")
     run, records = open_run(args, path, args.format)
-    evaluators = {}
+    evaluators, settings = {}, {}
     for name in args.protocol or ["config.eval"]:
         config = protocols.select(run.config, name if args.protocol else "", args.set)
         chosen = protocols.Protocol.from_config(config).planned(records.sizes())
-        batch = config.eval.batch_size
+        batch, settings[name] = config.eval.batch_size, config.eval.to_dict()
         edges = args.boundary, args.boundary_width
         evaluators[name] = Evaluator(run.model, run.spec, batch, chosen, *edges)
     print(f"checkpoint of step {run.step} in {path}")
@@ -253,7 +253,7 @@ def main(_) -> None:
     if len(evaluators) > 1:
         print(f"\n{compared(results)}")
     if args.json and jax.process_index() == 0:
-        write_json(args, run, records, results)
+        write_json(args, run, records, results, settings)
     if args.report:
         write_report(args, run, records, next(iter(evaluators.values())), results, images)
 
@@ -292,17 +292,23 @@ def write_report(args, run, records, evaluator, results, images: report.ImageSco
     print(f"report: {report.write(storage.path(args.report), data)}")
 
 
-def write_json(args, run: workdirs.Run, records: Records, results: dict[str, Any]) -> None:
+def write_json(
+    args, run: workdirs.Run, records: Records, results: dict[str, Any], settings: dict[str, Any]
+) -> None:
     """The summary of one protocol; of several, each under its name in `protocols`.
 
-    `checkpoint` is the rule by which the step was chosen: best, latest, a number, or bundle for the
-    one that a bundle has.
+    settings: of each protocol the fields of config.eval; they are `eval` of its summary, and not in
+    the run's `config`. `checkpoint` is the rule by which the step was chosen: best, latest, a
+    number, or bundle for the one that a bundle has.
     """
-    summaries = {name: summary(scores, run.spec) for name, scores in results.items()}
+    summaries = {
+        name: summary(scores, run.spec) | {"eval": settings[name]}
+        for name, scores in results.items()
+    }
     figures = {"protocols": summaries} if len(results) > 1 else next(iter(summaries.values()))
     chosen = "bundle" if isinstance(run.model, BundleModel) else args.checkpoint
     written = {"step": run.step, "checkpoint": chosen, "split": records.split, **figures}
-    written |= {"config": run.config.to_dict()}
+    written |= {"config": {k: v for k, v in run.config.to_dict().items() if k != "eval"}}
     storage.write_text(storage.path(args.json), json.dumps(written, indent=1) + "\n")
 
 
