@@ -11,6 +11,7 @@ from typing import Any
 import cv2
 import numpy as np
 
+from duc_dlc_jax import metrics
 from duc_dlc_jax.data.labels import IGNORE
 
 IOU_WIDTH = 0.02  # of the image's diagonal: how far a mask's boundary region reaches inwards
@@ -19,19 +20,23 @@ COUNTS = 6  # per class: see `counts`
 _OUTSIDE = 254  # beyond the image: neither a class nor ignored
 
 
-def counts(label: np.ndarray, prediction: np.ndarray, classes: int) -> np.ndarray:
+def counts(
+    label: np.ndarray, prediction: np.ndarray, classes: int, width: float = IOU_WIDTH
+) -> np.ndarray:
     """label, prediction: train ids uint8 [H, W] -> int64 [classes, 6].
+
+    width: of the boundary regions, a share of the image's diagonal.
 
     Columns: intersection and union of the boundary regions; pixels of the predicted outline, those
     of them at most F_WIDTH from the labelled outline; and the same the other way round.
 
     A boundary region holds the pixels of a mask from which a square of `distance` pixels to each
-    side reaches out of the mask or of the image. An outline holds those with a neighbour, of 8,
-    outside the mask; the image's border makes no outline.
+    side reaches out of the mask or of the image; this is the width, rounded, at least 1. An outline
+    holds those with a neighbour, of 8, outside the mask; the image's border makes no outline.
     """
     ignored = label == IGNORE
     prediction = np.where(ignored, IGNORE, prediction)
-    distance = max(round(IOU_WIDTH * float(np.hypot(*label.shape))), 1)
+    distance = max(round(width * float(np.hypot(*label.shape))), 1)
     masks = [np.pad(x, 1, constant_values=_OUTSIDE) for x in (label, prediction)]
     result = np.zeros((classes, COUNTS), np.int64)
     for k in np.union1d(np.unique(label), np.unique(prediction)):
@@ -57,12 +62,12 @@ def _counts_of_class(masks: list[np.ndarray], k: int, distance: int) -> list[int
     return [int(np.count_nonzero(x)) for x in (*both, *pairs)]
 
 
-def scores(counted: np.ndarray) -> dict[str, Any]:
+def scores(counted: np.ndarray, width: float = IOU_WIDTH, absent: str = "skip") -> dict[str, Any]:
     """Counts int64 [K, 6] -> boundary IoU and F per class, their means over classes, the counts.
 
     F = 2 P R / (P + R) with P and R the shares of the predicted and of the labelled outline that
     the other one confirms; 0 where only one of the two exists. A class in neither labels nor
-    predictions is NaN and in no mean.
+    predictions is NaN and in no mean, or 0 (absent="zero"). width: as of `counts`.
     """
     inner, union, predicted, confirmed, labelled, found = counted.T
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -70,12 +75,10 @@ def scores(counted: np.ndarray) -> dict[str, Any]:
         precision, recall = np.nan_to_num(confirmed / predicted), np.nan_to_num(found / labelled)
         f = np.nan_to_num(2 * precision * recall / (precision + recall))
     f = np.where(predicted + labelled > 0, f, np.nan)
-
-    def mean(values: np.ndarray) -> float:
-        return float(np.nanmean(values)) if np.isfinite(values).any() else float("nan")
-
-    widths = f"boundary IoU: {IOU_WIDTH:g} of the diagonal; boundary F: {F_WIDTH} pixels"
-    means = {"mean_iou": mean(iou), "mean_f": mean(f)}
+    if absent == "zero":  # of a class without an outline, which fills its images, F stays NaN
+        iou, f = (np.where(union == 0, 0, values) for values in (iou, f))
+    widths = f"boundary IoU: {width:g} of the diagonal; boundary F: {F_WIDTH} pixels"
+    means = {"mean_iou": metrics.mean(iou), "mean_f": metrics.mean(f)}
     return {"widths": widths, "iou": iou, "f": f, **means, "counts": counted}
 
 

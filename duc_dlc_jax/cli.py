@@ -196,6 +196,8 @@ def define_names(
     def check(names: list[str]) -> bool:
         if default and not names:
             raise flags.ValidationError(f"no name; allowed: {', '.join(allowed)}")
+        if flags.FLAGS[name].present > 1:  # absl would take the last one
+            raise flags.ValidationError("given more than once; separate the names by commas")
         for i, word in enumerate(names):
             if word not in allowed or word in names[:i]:
                 twice = " twice" if word in allowed else ""

@@ -48,9 +48,11 @@ class Evaluator:
         batch_per_device: int = 1,
         protocol: protocols.Protocol | None = None,
         boundary: bool = False,
+        boundary_width: float = boundaries.IOU_WIDTH,
     ):
+        """boundary_width: of boundary IoU, a share of an image's diagonal."""
         self.predictor = make_predictor(model, protocol, batch_per_device)
-        self._spec, self._boundary = spec, boundary
+        self._spec, self._boundary, self._width = spec, boundary, boundary_width
         self.protocol, self.programs = self.predictor.protocol, self.predictor.programs
 
     def run(
@@ -80,7 +82,8 @@ class Evaluator:
             count += len(batch)
             for example in batch:
                 if boundary:
-                    edges += boundaries.counts(example["label"], example["prediction"], classes)
+                    masks = example["label"], example["prediction"]
+                    edges += boundaries.counts(*masks, classes, self._width)
                 if each:
                     each(example)
                 if len(kept) < keep:
@@ -90,7 +93,7 @@ class Evaluator:
         scores |= {"matrix": total, "images": int(images[0])}
         scores["protocol"] = self.protocol.sentence() + metrics.ABSENT[absent]
         if boundary:
-            scores["boundary"] = boundaries.scores(edges)
+            scores["boundary"] = boundaries.scores(edges, self._width, absent)
         return scores, kept
 
     def predictions(
@@ -217,13 +220,16 @@ def main(_) -> None:
     for name in ("json", "report"):
         if target := getattr(args, name):
             storage.check(storage.path(target), write=True, flag=f"--{name}", file=name == "json")
+    if args.boundary_width != boundaries.IOU_WIDTH and not args.boundary:
+        raise ConfigError(f"--boundary_width={args.boundary_width:g} needs --boundary")
     run, records = open_run(args, path, args.format)
-    evaluators = {}
+    evaluators, settings = {}, {}
     for name in args.protocol or ["config.eval"]:
         config = protocols.select(run.config, name if args.protocol else "", args.set)
         chosen = protocols.Protocol.from_config(config).planned(records.sizes())
-        batch = config.eval.batch_size
-        evaluators[name] = Evaluator(run.model, run.spec, batch, chosen, args.boundary)
+        batch, settings[name] = config.eval.batch_size, config.eval.to_dict()
+        edges = args.boundary, args.boundary_width
+        evaluators[name] = Evaluator(run.model, run.spec, batch, chosen, *edges)
     print(f"checkpoint of step {run.step} in {path}")
     results, images = {}, report.ImageScores(len(records), run.spec.num_classes)
     for name, evaluator in evaluators.items():
@@ -247,7 +253,7 @@ def main(_) -> None:
     if len(evaluators) > 1:
         print(f"\n{compared(results)}")
     if args.json and jax.process_index() == 0:
-        write_json(args, run, records, results)
+        write_json(args, run, records, results, settings)
     if args.report:
         write_report(args, run, records, next(iter(evaluators.values())), results, images)
 
@@ -286,17 +292,23 @@ def write_report(args, run, records, evaluator, results, images: report.ImageSco
     print(f"report: {report.write(storage.path(args.report), data)}")
 
 
-def write_json(args, run: workdirs.Run, records: Records, results: dict[str, Any]) -> None:
+def write_json(
+    args, run: workdirs.Run, records: Records, results: dict[str, Any], settings: dict[str, Any]
+) -> None:
     """The summary of one protocol; of several, each under its name in `protocols`.
 
-    `checkpoint` is the rule by which the step was chosen: best, latest, a number, or bundle for the
-    one that a bundle has.
+    settings: of each protocol the fields of config.eval; they are `eval` of its summary, and not in
+    the run's `config`. `checkpoint` is the rule by which the step was chosen: best, latest, a
+    number, or bundle for the one that a bundle has.
     """
-    summaries = {name: summary(scores, run.spec) for name, scores in results.items()}
+    summaries = {
+        name: summary(scores, run.spec) | {"eval": settings[name]}
+        for name, scores in results.items()
+    }
     figures = {"protocols": summaries} if len(results) > 1 else next(iter(summaries.values()))
     chosen = "bundle" if isinstance(run.model, BundleModel) else args.checkpoint
     written = {"step": run.step, "checkpoint": chosen, "split": records.split, **figures}
-    written |= {"config": run.config.to_dict()}
+    written |= {"config": {k: v for k, v in run.config.to_dict().items() if k != "eval"}}
     storage.write_text(storage.path(args.json), json.dumps(written, indent=1) + "\n")
 
 
@@ -310,6 +322,8 @@ if __name__ == "__main__":
     cli.define_protocol(several=True)
     flags.DEFINE_enum("absent", "skip", list(metrics.ABSENT), "Classes that occur nowhere.")
     flags.DEFINE_bool("boundary", False, "Also boundary IoU and boundary F-score.")
+    width = "Of boundary IoU: a share of the image's diagonal."
+    flags.DEFINE_float("boundary_width", boundaries.IOU_WIDTH, width, 0.0, 1.0)
     flags.DEFINE_string("json", "", "Also write the figures to this file.")
     flags.DEFINE_integer("pictures", 0, "Write this many images, labels and predictions.")
     flags.DEFINE_string("report", "", "Also write a page with figures and images to this folder.")

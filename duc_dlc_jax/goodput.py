@@ -54,10 +54,10 @@ class Goodput:
         if jax.process_index() != 0:
             return
         path = workdir / "goodput.jsonl"
-        lines = storage.read(path).splitlines()
-        self._add_earlier([json.loads(line) for line in lines if line.endswith("}")])
+        text = storage.read(path)
+        self._add_earlier(storage.json_lines(text))
         self._file = storage.Lines(path)
-        if lines and not lines[-1].endswith("}"):  # a killed process's last one
+        if text and not text.endswith("\n"):  # a killed process's last line
             self._file.write("")
 
     def _add_earlier(self, lines: list[dict]) -> None:

@@ -7,18 +7,24 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
 
-from duc_dlc_jax import protocols, sharding
+from duc_dlc_jax import metrics, protocols, sharding
 from duc_dlc_jax.config import ConfigError
 from duc_dlc_jax.data.labels import IGNORE
 from duc_dlc_jax.export.runtimes import BundleModel
 from duc_dlc_jax.inference import Labeller
 from duc_dlc_jax.models.segmenter import Segmenter
+
+Examples = list[dict[str, Any]]
+
+
+def _raise(error: Exception, _: Examples) -> NoReturn:
+    raise error
 
 
 class Predictor:
@@ -43,10 +49,14 @@ class Predictor:
         self.compiling = (0.0, 0)  # seconds of the calls that compiled, and their images
 
     def batches(
-        self, variables: dict[str, Any], examples: Iterable[dict[str, Any]]
-    ) -> Iterator[tuple[list[dict[str, Any]], jax.Array]]:
+        self,
+        variables: dict[str, Any],
+        examples: Iterable[dict[str, Any]],
+        failed: Callable[[Exception, Examples], None] = _raise,
+    ) -> Iterator[tuple[Examples, jax.Array]]:
         """variables: replicated over the global mesh. examples: `image` uint8 [H, W, 3] and, to be
-        counted, `label` uint8 [H, W].
+        counted, `label` uint8 [H, W]. failed: called with an error and the examples that it keeps
+        from being labelled; where it returns, the others follow.
 
         Yields examples of one padded size with their `prediction`, train ids uint8 [H, W], and
         their confusion matrix, int32 [K, K]; batches come in order of the image that fills them.
@@ -54,7 +64,11 @@ class Predictor:
         variables = sharding.local_copy(variables, self._mesh)
         for batch in _batches_of_one_size(examples, self._batch, self.protocol.padded_size):
             start, programs = time.monotonic(), self.programs()
-            matrix, ids = self._label(variables, batch)
+            try:
+                matrix, ids = self._label(variables, batch)
+            except Exception as error:
+                failed(error, batch)
+                continue
             if self.programs() != programs:
                 seconds, images = self.compiling
                 self.compiling = (seconds + time.monotonic() - start, images + len(batch))
@@ -108,22 +122,25 @@ class BundlePredictor:
         self.compiling = (0.0, 0)
 
     def batches(
-        self, variables: dict[str, Any], examples: Iterable[dict[str, Any]]
-    ) -> Iterator[tuple[list[dict[str, Any]], np.ndarray]]:
+        self,
+        variables: dict[str, Any],
+        examples: Iterable[dict[str, Any]],
+        failed: Callable[[Exception, Examples], None] = _raise,
+    ) -> Iterator[tuple[Examples, np.ndarray]]:
         """As `Predictor.batches`, of one example each and in their order; variables: not read."""
-        classes = self._model.num_classes
         for example in examples:
             size, start = example["image"].shape[:2], time.monotonic()
-            ids = self._model(example["image"][None])[0]
+            try:
+                ids = self._model(example["image"][None])[0]
+            except Exception as error:
+                failed(error, [example])
+                continue
             if size not in self._sizes:
                 self._sizes.add(size)
                 seconds, images = self.compiling
                 self.compiling = (seconds + time.monotonic() - start, images + 1)
-            matrix = np.zeros((classes, classes), np.int32)
-            if "label" in example:
-                counted = example["label"] != IGNORE
-                cells = example["label"][counted].astype(np.int64) * classes + ids[counted]
-                matrix += np.bincount(cells, minlength=classes**2).reshape(matrix.shape)
+            label = example.get("label", np.full_like(ids, IGNORE))
+            matrix = metrics.host_confusion_matrix(label, ids, self._model.num_classes)
             yield [dict(example, prediction=ids)], matrix
 
     def programs(self) -> dict[str, int]:

@@ -27,6 +27,20 @@ def confusion_matrix(labels: jax.Array, predictions: jax.Array, num_classes: int
     return counts[:cells].reshape(num_classes, num_classes)
 
 
+def host_confusion_matrix(
+    label: np.ndarray, prediction: np.ndarray, num_classes: int
+) -> np.ndarray:
+    """`confusion_matrix` by NumPy, of one image: uint8 [H, W] each -> int64 [K, K]."""
+    counted = label != IGNORE
+    index = label[counted].astype(np.int64) * num_classes + prediction[counted]
+    return np.bincount(index, minlength=num_classes**2).reshape(num_classes, num_classes)
+
+
+def mean(values: np.ndarray) -> float:
+    """Without the NaNs; NaN where there is nothing else."""
+    return float(np.nanmean(values)) if np.isfinite(values).any() else float("nan")
+
+
 def scores(matrix: np.ndarray, absent: str = "skip") -> dict[str, Any]:
     """Confusion matrix int64 [K, K] -> PA, mPA, mIoU, fwIoU, Final Score and per-class figures.
 
@@ -44,9 +58,6 @@ def scores(matrix: np.ndarray, absent: str = "skip") -> dict[str, Any]:
         pixel_accuracy = hit.sum() / labelled.sum() if labelled.any() else np.nan
     if absent == "zero":
         iou, accuracy = np.nan_to_num(iou), np.nan_to_num(accuracy)
-
-    def mean(values: np.ndarray) -> float:
-        return float(np.nanmean(values)) if np.isfinite(values).any() else float("nan")
 
     miou = mean(iou)
     return {

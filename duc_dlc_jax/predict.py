@@ -14,8 +14,8 @@ legend.png          colour, train id and name of each class
 and a video overlay/NAME.mp4 and its lines, one per frame. Images are taken at their own size,
 turned as their EXIF orientation says, and labelled as `evaluate` does.
 
-Exit code 0: all is labelled; 1: some files could not be read, and are named with the reason at the
-end, the others are done; 2: nothing was done.
+Exit code 0: all is labelled; 1: some files could not be read or labelled, or not to their end, and
+are named with the reason at the end, the others are done; 2: nothing was done.
 """
 
 from __future__ import annotations
@@ -41,12 +41,16 @@ from duc_dlc_jax.data.inputs import Input, Video
 from duc_dlc_jax.data.labels import DataError, LabelSpec
 from duc_dlc_jax.export.bundle import is_bundle
 from duc_dlc_jax.export.runtimes import FORMS
-from duc_dlc_jax.labelling import BundlePredictor, Predictor, make_predictor
+from duc_dlc_jax.labelling import BundlePredictor, Examples, Predictor, make_predictor
 
 OUTPUTS = ("ids", "colour", "overlay", "shares", "legend")
 OF_VIDEOS = ("overlay", "shares", "legend")  # unless --outputs names others
 LEGEND_WIDTH = 800  # pixels
 AHEAD = 8  # frames of a video that are decoded in advance
+TOO_LARGE = (
+    "needs more memory than there is: try --protocol=sliding, or fewer at once with "
+    "--set=batch_size=1, or shrink it"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,7 +147,7 @@ class Labelling:
                 else:
                     yield {"name": source.name, "path": str(source.path), "image": image}
 
-        yield from in_threads(writer.image, self._labelled(examples()))
+        yield from in_threads(writer.image, self._labelled(examples(), self._left_out))
 
     def video(self, source: Input, writer: Writer) -> Iterator[dict[str, Any]]:
         """Labels and writes a video; the lines of its frames."""
@@ -163,14 +167,27 @@ class Labelling:
             for line in in_threads(frames, self._labelled(examples()), threads=1):
                 count += 1
                 yield line
+        except Exception as error:
+            self._left_out(error, [{"path": source.path}])
+            return
         finally:
             frames.close()
         if count < video.frames - 1:
             self.problems.append(f"{source.path}: ends after {count} of {video.frames} frames")
 
-    def _labelled(self, examples):
-        for batch, _ in self.predictor.batches(self.variables, examples):
+    def _labelled(self, examples, *failed):
+        for batch, _ in self.predictor.batches(self.variables, examples, *failed):
             yield from batch
+
+    def _left_out(self, error: Exception, examples: Examples) -> None:
+        """Notes why these are not labelled; raises what would keep others from it as well."""
+        if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+            reason = TOO_LARGE
+        elif isinstance(error, DataError):  # a bundle takes other sizes
+            reason = str(error)
+        else:
+            raise error
+        self.problems += [f"{example['path']}: {reason}" for example in examples]
 
 
 def predict(labelling: Labelling, found: list[Input], images: Writer, videos: Writer) -> int:
@@ -194,9 +211,9 @@ def predict(labelling: Labelling, found: list[Input], images: Writer, videos: Wr
             seen |= {k for k, count in enumerate(line["pixels"].values()) if count}
             if not shares and "shares" in images.outputs:
                 images.folder.mkdir(parents=True, exist_ok=True)
-                shares = open(images.folder / "shares.jsonl", "w", encoding="utf-8")  # noqa: SIM115
+                shares = storage.Lines(images.folder / "shares.jsonl", [])
             if shares:
-                shares.write(json.dumps(line, ensure_ascii=False) + "\n")
+                shares.write(json.dumps(line, ensure_ascii=False))
     finally:
         if shares:
             shares.close()
@@ -236,7 +253,8 @@ def main(_) -> None:
         storage.local("--input", text)
     found = inputs.find(args.input, output)
     run = workdirs.load_any(args.model, args.checkpoint, args.format)
-    config = protocols.select(run.config, args.protocol, args.set)
+    # Not as many at once as in training: most batches would be filled up, in memory and time too.
+    config = protocols.select(run.config, args.protocol, ["batch_size=1", *args.set])
     sizes = [size for size in in_threads(Input.size, found) if size]
     protocol = protocols.Protocol.from_config(config).planned(sizes)
     predictor = make_predictor(run.model, protocol, config.eval.batch_size)
@@ -247,13 +265,13 @@ def main(_) -> None:
     videos = wanted(outputs=tuple(args.outputs or OF_VIDEOS))
     done = predict(labelling, found, images, videos)
     count = len(labelling.problems)
-    unread = [f"{count} of {len(found)} files could not be read:", *labelling.problems]
+    problems = "\n".join([f"problems with {count} of {len(found)} files:", *labelling.problems])
     if not done:
-        raise DataError("\n".join(unread))
+        raise DataError(problems)
     print(throughput(done, time.monotonic() - start, labelling.predictor))
     print(f"results in {output}; {protocol.sentence()}")
     if count:
-        sys.exit("\n".join(unread))
+        sys.exit(problems)
 
 
 if __name__ == "__main__":

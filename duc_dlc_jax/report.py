@@ -17,7 +17,7 @@ import cv2
 import numpy as np
 from etils import epath
 
-from duc_dlc_jax import metrics
+from duc_dlc_jax import metrics, storage
 from duc_dlc_jax.data.labels import LabelSpec
 
 LONGEST = 1024  # pixels of an image's longer side in the page; larger ones are shrunk
@@ -47,11 +47,8 @@ class ImageScores:
 
 def image_scores(example: dict[str, Any], classes: int) -> dict[str, Any]:
     """`metrics.scores` of one image."""
-    label, prediction = example["label"].ravel(), example["prediction"].ravel()
-    kept = label < classes
-    cells = label[kept].astype(np.int64) * classes + prediction[kept]
-    matrix = np.bincount(cells, minlength=classes * classes).reshape(classes, classes)
-    return metrics.scores(matrix)
+    counted = metrics.host_confusion_matrix(example["label"], example["prediction"], classes)
+    return metrics.scores(counted)
 
 
 def choose(mious: np.ndarray, count: int) -> dict[str, list[int]]:
@@ -85,6 +82,7 @@ def picture(example: dict[str, Any], group: str, classes: int) -> dict[str, Any]
         "name": example["name"],
         "miou": _number(scores["mIoU"]),
         "pa": _number(scores["PA"]),
+        "present": np.flatnonzero(np.isfinite(scores["iou"])).tolist(),  # in all its pixels
         "width": size[0],
         "height": size[1],
         "photo": "data:image/jpeg;base64," + base64.b64encode(jpeg.tobytes()).decode(),
@@ -108,9 +106,7 @@ def runs(ids: np.ndarray) -> str:
 def curves(path: epath.Path) -> dict[str, list[list[float]]]:
     """[step, value] of each of `CURVES` in a run's metrics.jsonl; nothing where there is none."""
     found: dict[str, dict[int, float]] = {}
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    for line in lines:
-        values = json.loads(line)
+    for values in storage.json_lines(storage.read(path)):
         for name in CURVES:
             if values.get(name) is not None:
                 found.setdefault(name, {})[values["step"]] = values[name]

@@ -12,6 +12,7 @@ import errno
 import functools
 import hashlib
 import importlib.util
+import json
 import os
 import pathlib
 import socket
@@ -261,6 +262,15 @@ def read(path: epath.Path) -> str:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
         return ""
+
+
+def json_lines(text: str) -> list[dict[str, Any]]:
+    """The objects of a text of JSON lines, but for one that a killed process left incomplete."""
+    found = []
+    for line in text.splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            found.append(json.loads(line))
+    return found
 
 
 def _joined(lines: Sequence[str]) -> str:

@@ -6,7 +6,6 @@ array of the two last checkpoints is compared bit for bit, and every record that
 
 from __future__ import annotations
 
-import json
 import signal
 import subprocess
 import sys
@@ -104,8 +103,7 @@ def _arrays(workdir: epath.Path, step: int) -> dict[str, np.ndarray]:
 
 def _records(workdir: epath.Path) -> dict[int, list[str]]:
     """Names by step, of the last time that a step was done."""
-    lines = (workdir / "records.jsonl").read_text(encoding="utf-8").splitlines()
-    rows = [json.loads(line) for line in lines if line.endswith("}")]
+    rows = storage.json_lines((workdir / "records.jsonl").read_text(encoding="utf-8"))
     return {row["step"]: row["records"] for row in rows}
 
 

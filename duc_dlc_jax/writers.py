@@ -36,10 +36,8 @@ class Writer:
         if jax.process_index() != 0:
             return
         path = workdir / "metrics.jsonl"
-        old = storage.read(path).splitlines()
-        kept = [
-            line for line in old if line.endswith("}") and json.loads(line)["step"] <= first_step
-        ]
+        old = storage.json_lines(storage.read(path))
+        kept = [json.dumps(values) for values in old if values["step"] <= first_step]
         self._lines = storage.Lines(path, kept)
         try:
             self._events = _Events(workdir)

@@ -53,13 +53,12 @@ def random_masks(seed, classes=4, size=(24, 30)):
 
 
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("share", [0.02, 0.08])
-def test_counts_equal_their_definition(seed, share, monkeypatch):
-    monkeypatch.setattr(boundaries, "IOU_WIDTH", share)
-    distance = max(round(share * np.hypot(24, 30)), 1)
+@pytest.mark.parametrize(("share", "distance"), [(0.0, 1), (0.02, 1), (0.045, 2), (0.08, 3)])
+def test_counts_equal_their_definition(seed, share, distance):
+    """Of the diagonal, 38.4 pixels: 0, 0.77, 1.73, 3.07, rounded, at least 1."""
     label, prediction = random_masks(seed)
     ignored = label == IGNORE
-    counted = boundaries.counts(label, prediction, 5)
+    counted = boundaries.counts(label, prediction, 5, share)
     assert not counted[4].any()
     for k in range(4):
         inner = [region(mask, k, ignored, distance) for mask in (label, prediction)]
@@ -96,6 +95,10 @@ def test_right_predictions_score_1_and_absent_classes_nothing():
     np.testing.assert_array_equal(result["f"], [1, 1, 1, 1, np.nan, np.nan])
     assert result["mean_iou"] == result["mean_f"] == 1
     assert "0.02 of the diagonal" in result["widths"]
+    zero = boundaries.scores(boundaries.counts(label, right, 6, 0.005), 0.005, "zero")
+    np.testing.assert_array_equal([zero["iou"], zero["f"]], [[1, 1, 1, 1, 0, 0]] * 2)
+    assert zero["mean_iou"] == zero["mean_f"] == pytest.approx(4 / 6)
+    assert "0.005 of the diagonal" in zero["widths"]
 
 
 def test_a_class_that_is_only_predicted_scores_0():

@@ -48,7 +48,7 @@ def example(name, label, prediction):
 
 EXAMPLES = {
     "best": example("one", [SKY, SKY, POLE, POLE], [SKY, SKY, POLE, POLE]),
-    "median": example("two", [SKY, POLE, SKY, IGNORE], [POLE, POLE, SKY, SKY]),
+    "median": example("two", [SKY, POLE, SKY, IGNORE], [POLE, POLE, SKY, BUILDING]),
     "worst": example("three", [SKY, SKY, CAR, CAR], [SKY, CAR, SKY, CAR]),
 }
 
@@ -314,6 +314,8 @@ def test_the_filter_shows_images_with_the_class_and_what_became_of_it(page):
     nothing, extra, missed, hit = canvas_colours(page, 2, "top")
     assert (extra, missed, hit) == (EXTRA, MISSED, HIT)
     assert is_near(nothing, RED)
+    select(page, "class", BUILDING)  # predicted, on ignored pixels alone
+    assert visible_cards(page) == []
     select(page, "class", -1)
     assert visible_cards(page) == ["one", "two", "three"]
     button = page.find_element(By.CSS_SELECTOR, f'button[data-class="{CAR}"]')

@@ -132,6 +132,20 @@ def test_help_is_no_error(capsys):
     assert "--help" in capsys.readouterr().out
 
 
+def test_a_list_of_names_is_given_once():
+    """The last of several would be the only one, without a word."""
+    cli.define_names("letters", ("a", "b"), "Some.")
+    try:
+        flags.FLAGS(["main", "--letters=b,a"])
+        assert flags.FLAGS.letters == ["b", "a"]
+        flags.FLAGS["letters"].present = 0
+        with pytest.raises(flags.Error, match=r"letters.*: given more than once; separate the"):
+            flags.FLAGS(["main", "--letters=a", "--letters=b"])
+    finally:
+        delattr(flags.FLAGS, "letters")
+        flags.FLAGS.unparse_flags()
+
+
 def test_ctrl_c_is_one_line(monkeypatch, capsys):
     def command(argv):
         raise KeyboardInterrupt

@@ -260,6 +260,7 @@ def test_evaluate_command(trained, tmp_path):
     figures = json.loads((tmp_path / "new" / "scores.json").read_text())
     assert figures["mIoU"] == pytest.approx(trained[1]["mIoU"], abs=1e-5)
     assert figures["protocol"] in result.stdout
+    assert (figures["eval"]["mode"], figures["eval"]["batch_size"]) == ("whole", 8)
     assert np.sum(figures["confusion_matrix"]) == trained[1]["matrix"].sum()
 
 
@@ -276,6 +277,10 @@ def test_evaluate_command_by_several_protocols(trained, tmp_path):
     written = json.loads((tmp_path / "scores.json").read_text())
     assert list(written) == ["step", "checkpoint", "split", "protocols", "config"]
     assert (written["checkpoint"], written["split"]) == ("best", "val")
+    used = {name: figures["eval"] for name, figures in written["protocols"].items()}
+    assert [used[name]["mode"] for name in ("single", "sliding")] == ["whole", "sliding"]
+    assert used["sliding"]["crop_size"] == 128
+    assert "eval" not in written["config"]
     single, figures = (written["protocols"][name] for name in ("single", "sliding"))
     assert single["mIoU"] == pytest.approx(trained[1]["mIoU"], abs=1e-5)
     assert single["confusion_matrix"] != figures["confusion_matrix"]
@@ -352,7 +357,7 @@ def test_predict_command(trained, scenes_dir, tmp_path):
     command = [sys.executable, "-m", "duc_dlc_jax.predict", f"--model={trained[0]}", *arguments]
     result = run([*command, "--outputs=ids,shares"], check=False)
     assert result.returncode == 1
-    assert "1 of 4 files could not be read" in result.stderr
+    assert "problems with 1 of 4 files" in result.stderr
     assert "broken.jpg: 12 bytes that are not a readable" in result.stderr
     assert "3 images in " in result.stdout
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["ids", "shares.jsonl"]

@@ -12,8 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from absl import flags
 
 from duc_dlc_jax import losses, metrics, pixel_scores, sharding
+from duc_dlc_jax.config import ConfigError
 from duc_dlc_jax.data.labels import IGNORE, label_spec
 from duc_dlc_jax.models import resizing
 
@@ -232,6 +234,8 @@ def test_confusion_matrix_leaves_ignored_pixels_out_of_rows_and_columns():
             expected[label, prediction] += 1
     ours = metrics.confusion_matrix(jnp.asarray(labels), jnp.asarray(predictions), 7)
     np.testing.assert_array_equal(ours, expected)
+    ours = metrics.host_confusion_matrix(labels, predictions.astype(np.uint8), 7)
+    np.testing.assert_array_equal(ours, expected)
 
 
 def test_classes_that_are_absent():
@@ -275,3 +279,40 @@ def test_matrices_of_the_images_are_summed_in_int64(monkeypatch):
     batches = -(-3 // jax.local_device_count())
     assert scores["matrix"].dtype == np.int64
     assert (scores["matrix"] == batches * most).all()
+
+
+def test_boundaries_have_the_width_and_the_absent_classes_that_the_scores_say(monkeypatch):
+    """Class 0 is a square of 100 pixels, 1 around it; 0.01 of the diagonal, 283 pixels, is 3."""
+    evaluate = pytest.importorskip("duc_dlc_jax.evaluate")
+    spec = label_spec("camvid")
+    model = SimpleNamespace(resize_grid="corners", logit_stride=8)
+    evaluator = evaluate.Evaluator(model, spec, boundary=True, boundary_width=0.01)
+    label = np.ones((200, 200), np.uint8)
+    label[50:150, 50:150] = 0
+    matrix = metrics.host_confusion_matrix(label, label, spec.num_classes)
+    monkeypatch.setattr(evaluator.predictor, "_label", lambda *_: (matrix, label[None]))
+    monkeypatch.setattr(sharding, "local_copy", lambda variables, mesh: variables)
+    example = {"image": np.zeros((200, 200, 3), np.uint8), "label": label}
+    edges = evaluator.run({}, [example], absent="zero")[0]["boundary"]
+    assert edges["counts"][0, 0] == 100**2 - (100 - 2 * 3) ** 2
+    assert edges["widths"].startswith("boundary IoU: 0.01 of the diagonal")
+    np.testing.assert_array_equal(edges["iou"], [1, 1] + [0] * (spec.num_classes - 2))
+    assert edges["mean_iou"] == pytest.approx(2 / spec.num_classes)
+    args = {"workdir": "x", "model": "", "boundary": False, "boundary_width": 0.01}
+    args |= {"pictures": 0, "json": "", "report": ""}
+    monkeypatch.setattr(flags, "FLAGS", SimpleNamespace(**args))
+    with pytest.raises(ConfigError, match=r"--boundary_width=0\.01 needs --boundary"):
+        evaluate.main([])
+
+
+def test_counts_beyond_int32_are_summed_over_processes(monkeypatch):
+    evaluate = pytest.importorskip("duc_dlc_jax.evaluate")
+    counts = np.array([[0, 7, 2**31 - 1], [2**31, 2**40 + 5, 2**61 + 3]])
+    monkeypatch.setattr(jax, "process_count", lambda: 3)
+
+    def gathered(parts):
+        assert parts.dtype == np.int32
+        return np.stack([parts] * 3)
+
+    monkeypatch.setattr(evaluate.multihost_utils, "process_allgather", gathered)
+    np.testing.assert_array_equal(evaluate.sum_over_processes(counts), 3 * counts)

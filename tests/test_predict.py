@@ -16,7 +16,8 @@ from duc_dlc_jax import config as config_lib
 from duc_dlc_jax import evaluate, padding, pictures, predict, protocols, sharding
 from duc_dlc_jax.data import inputs
 from duc_dlc_jax.data.labels import DataError, label_spec
-from duc_dlc_jax.labelling import Predictor
+from duc_dlc_jax.export import runtimes
+from duc_dlc_jax.labelling import BundlePredictor, Predictor
 from networks import images_of, jit, network
 
 SPEC = label_spec("camvid")
@@ -133,6 +134,136 @@ def test_only_the_wanted_outputs_are_written(tmp_path):
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["shares.jsonl"]
 
 
+# The command
+
+
+class Quick:
+    """In a labeller's place: all pixels are of class 1; images wider than 100 pixels do not fit."""
+
+    def __call__(self, variables, images, labels, sizes):
+        if images.shape[2] > 100:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes")
+        return np.zeros((11, 11), np.int32), np.ones(labels.shape, np.uint8)
+
+    def programs(self):
+        return {"network": 1, "other": 0}
+
+
+def quick_predictor():
+    model = SimpleNamespace(resize_grid="corners", logit_stride=8)
+    predictor = Predictor(model, protocols.Protocol())
+    predictor._labeller = Quick()
+    return predictor
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch):
+    """Runs it on tmp_path/in into tmp_path/out; returns the batch size that it asked for."""
+
+    def run(predictor=None, **changed):
+        config, batches = config_lib.default(), []
+        config.eval.batch_size = 4
+        loaded = SimpleNamespace(config=config, spec=SPEC, model=None, variables={})
+        monkeypatch.setattr(predict.workdirs, "load_any", lambda *_: loaded)
+
+        def made(model, protocol, batch):
+            batches.append(batch)
+            return predictor or quick_predictor()
+
+        monkeypatch.setattr(predict, "make_predictor", made)
+        monkeypatch.setattr(predict, "is_bundle", lambda path: True)
+        args = {"model": "m", "checkpoint": "best", "format": "", "protocol": "", "set": []}
+        args |= {"input": [str(tmp_path / "in")], "output": str(tmp_path / "out")}
+        args |= {"outputs": [], "opacity": 0.5} | changed
+        monkeypatch.setattr(flags, "FLAGS", SimpleNamespace(**args))
+        predict.main([])
+        return batches[0]
+
+    (tmp_path / "in").mkdir()
+    return run
+
+
+def write_images(folder, **sizes):
+    for name, (image,) in {name: images_of(size) for name, size in sizes.items()}.items():
+        Image.fromarray(image).save(folder / f"{name}.png")
+
+
+def test_what_does_not_fit_the_memory_costs_nothing_else(tmp_path, command, capsys):
+    write_images(tmp_path / "in", a=(20, 30), b=(20, 120), c=(30, 20))
+    write_video(tmp_path / "in" / "wide.avi", [np.zeros((48, 128, 3), np.uint8)] * 3)
+    with pytest.raises(SystemExit) as end:
+        command()
+    assert end.value.code == "\n".join(
+        ["problems with 2 of 4 files:"]
+        + [f"{tmp_path / 'in' / name}: {predict.TOO_LARGE}" for name in ("b.png", "wide.avi")]
+    )
+    assert [line["name"] for line in lines_of(tmp_path / "out")] == ["a", "c"]
+    assert (tmp_path / "out" / "legend.png").is_file()
+    assert "2 images in" in capsys.readouterr().out
+
+
+def test_nothing_readable_is_code_2_and_leaves_nothing(tmp_path, command):
+    (tmp_path / "in" / "a.png").write_bytes(b"x")
+    with pytest.raises(DataError, match=r"1 of 1 files:\n.*a\.png: 1 bytes .* WebP, BMP or TIFF"):
+        command()
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_error_that_is_no_fault_of_a_file_ends_the_command(tmp_path, command):
+    write_images(tmp_path / "in", a=(20, 30))
+    predictor = quick_predictor()
+    predictor._label = None
+    with pytest.raises(TypeError, match="not callable"):
+        command(predictor)
+
+
+def test_a_bundle_of_one_size_labels_the_images_that_have_it(tmp_path, command):
+    bundle = SimpleNamespace(path="b", size=(48, 64), manifest={"input": {"min_side": 32}})
+
+    class Model:
+        num_classes = 11
+
+        def __call__(self, images):
+            runtimes.check_size(bundle, images.shape[1:3])
+            return np.ones(images.shape[:3], np.uint8)
+
+    write_images(tmp_path / "in", a=(48, 64), b=(64, 48), c=(48, 64))
+    with pytest.raises(SystemExit) as end:
+        command(BundlePredictor(Model()))
+    problem = f"{tmp_path / 'in' / 'b.png'}: an image of 64x48; b takes 48x64 alone"
+    assert end.value.code.startswith(f"problems with 1 of 3 files:\n{problem}")
+    assert [line["name"] for line in lines_of(tmp_path / "out")] == ["a", "c"]
+
+
+def test_the_command_hands_its_flags_on(tmp_path, command):
+    write_images(tmp_path / "in", a=(20, 30))
+    write_video(tmp_path / "in" / "drive.avi", [np.zeros((48, 64, 3), np.uint8)] * 2)
+    assert command(opacity=0.25) == 1  # a lone image costs one
+    out = tmp_path / "out"
+    written = {str(path.relative_to(out)) for path in out.rglob("*.*")}
+    assert written == {
+        *("ids/a.png", "colour/a.png", "overlay/a.png"),
+        *("overlay/drive.mp4", "shares.jsonl", "legend.png"),
+    }
+    mixed = np.round(0.75 * read(tmp_path / "in" / "a.png") + 0.25 * read(out / "colour" / "a.png"))
+    np.testing.assert_array_equal(read(out / "overlay" / "a.png"), mixed)
+    assert command(outputs=["ids"], set=["batch_size=3"]) == 3
+    assert len(list((out / "ids" / "drive").iterdir())) == 2
+
+
+def test_a_video_that_ends_too_early_is_named(tmp_path, command):
+    frames = [np.random.default_rng(i).integers(0, 256, (48, 64, 3), np.uint8) for i in range(8)]
+    path = tmp_path / "in" / "cut.avi"
+    write_video(path, frames)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(SystemExit) as end:
+        command()
+    done = len(lines_of(tmp_path / "out"))
+    assert 1 < done < 6
+    problem = f"{path}: ends after {done} of 8 frames"
+    assert end.value.code == f"problems with 1 of 1 files:\n{problem}"
+
+
 # Finding and reading
 
 
@@ -177,23 +308,6 @@ def test_what_a_folder_has_besides_is_counted(tmp_path, caplog):
         (tmp_path / name).write_bytes(b"")
     assert len(inputs.find([str(tmp_path)], tmp_path / "out")) == 1
     assert f"passed over 2 .gif, 1 .txt, first {tmp_path / 'b.gif'}" in caplog.text
-
-
-def test_nothing_readable_is_code_2_and_leaves_nothing(tmp_path, monkeypatch):
-    (tmp_path / "a.png").write_bytes(b"x")
-    run = SimpleNamespace(config=config_lib.default(), spec=SPEC, model=None, variables={})
-    labelling = labelling_of(protocols.Protocol())
-    monkeypatch.setattr(predict.workdirs, "load_any", lambda *_: run)
-    monkeypatch.setattr(predict, "make_predictor", lambda *_: labelling.predictor)
-    monkeypatch.setattr(predict, "is_bundle", lambda path: True)
-    args = {"model": "m", "checkpoint": "best", "format": "", "protocol": "", "set": []}
-    args |= {"input": [str(tmp_path / "a.png")], "output": str(tmp_path / "out")}
-    monkeypatch.setattr(flags, "FLAGS", SimpleNamespace(**args, outputs=[], opacity=0.5))
-    with pytest.raises(
-        DataError, match=r"1 of 1 files .*:\n.*a\.png: 1 bytes .* WebP, BMP or TIFF"
-    ):
-        predict.main([])
-    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])

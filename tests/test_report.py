@@ -78,12 +78,24 @@ def test_a_picture_has_the_figures_and_pixels_of_its_image(monkeypatch):
     np.testing.assert_array_equal(decoded(small["label"], (20, 30)), one["label"][1::2, 1::2])
 
 
+def test_classes_are_present_by_counted_pixels_of_the_whole_image():
+    """Class 4: one labelled column of 3000, missed; 5: predicted on ignored pixels alone."""
+    label, prediction = np.zeros((8, 3000), np.uint8), np.zeros((8, 3000), np.uint8)
+    label[:, 1002], label[:, 2000:] = 4, IGNORE
+    prediction[:, 100], prediction[:, 2001:] = 7, 5
+    image = np.zeros((8, 3000, 3), np.uint8)
+    one = {"name": "wide", "image": image, "label": label, "prediction": prediction}
+    shown = report.picture(one, "best", 11)
+    assert 4 not in decoded(shown["label"], (shown["height"], shown["width"]))
+    assert shown["present"] == [0, 4, 7]
+
+
 def test_curves_have_the_last_value_of_each_step(tmp_path):
     path = tmp_path / "metrics.jsonl"
     assert report.curves(path) == {}
     lines = [{"step": step, "train/loss": 1 / step} for step in range(1, 3002)]
     lines += [{"step": 3001, "val/mIoU": 0.5}, {"step": 3001, "val/mIoU": 0.6, "train/loss": None}]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 3002, "va')
     found = report.curves(path)
     assert found["val/mIoU"] == [[3001, 0.6]]
     assert len(found["train/loss"]) <= 1000

@@ -3,6 +3,7 @@
 import collections
 import importlib.util
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -158,6 +159,18 @@ def test_lines_grow_on_a_disk(tmp_path):
     more.close()
     assert storage.read(path) == "old\nnew\nnewer\n"
     assert storage.read(epath.Path(tmp_path) / "nothing") == ""
+
+
+def test_a_run_goes_on_after_a_line_that_was_cut_off(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "clu", None)  # no events
+    lines = [{"step": 2, "x": 0.1}, {"step": 4, "x": None}, {"step": 6, "x": 1e-30}]
+    path = epath.Path(tmp_path) / "metrics.jsonl"
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    path.write_text(text + '{"step": 8, "y": {"z": 1}')
+    assert storage.json_lines(storage.read(path)) == lines
+    assert storage.json_lines("") == []
+    writers.Writer(path.parent, 4).close()
+    assert path.read_text() == "".join(text.splitlines(keepends=True)[:2])
 
 
 def test_manifests(tmp_path):

@@ -5,11 +5,14 @@ from __future__ import annotations
 import fnmatch
 import io
 import zipfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from absl import flags
 from PIL import Image
 
+from duc_dlc_jax import config as config_lib
 from duc_dlc_jax import submit
 from duc_dlc_jax.config import ConfigError
 from duc_dlc_jax.data.labels import DataError, label_spec
@@ -92,3 +95,36 @@ def test_a_wrong_archive_is_found_out(tmp_path, pixels, message):
         submit.check_archive(path, spec, {"a.png": (6, 9)})
     with pytest.raises(DataError, match=r"1 files for 2 images; \['b\.png'\]"):
         submit.check_archive(path, spec, {"a.png": (6, 9), "b.png": (6, 9)})
+
+
+def test_the_command_labels_by_its_protocol(tmp_path, monkeypatch, capsys):
+    made, spec, config = [], label_spec("ade20k"), config_lib.default()
+    config.eval.batch_size = 2
+    run = SimpleNamespace(config=config, spec=spec, model="network", variables={})
+
+    class Images(list):
+        def sizes(self):
+            return [(6, 9)] * len(self)
+
+    class Evaluator:
+        def __init__(self, *args):
+            made.append(args)
+
+        def predictions(self, variables, examples):
+            return examples
+
+    images = Images(examples([f"ADE_test_{i:08d}" for i in (1, 2)], 150))
+    monkeypatch.setattr(submit, "open_run", lambda args, path: (run, images))
+    monkeypatch.setattr(submit, "Evaluator", Evaluator)
+    monkeypatch.setattr(submit.pipeline, "eval_examples", lambda records: records)
+    output = tmp_path / "ade20k.zip"
+    args = {"workdir": "run", "split": "test", "output": str(output), "protocol": "sliding"}
+    args |= {"set": ["crop_size=128", "stride=96"]}
+    monkeypatch.setattr(flags, "FLAGS", SimpleNamespace(**args))
+    submit.main([])
+    ((model, classes, batch, protocol),) = made
+    assert (model, classes, batch) == ("network", spec, 2)
+    assert (protocol.mode, protocol.crop_size, protocol.stride) == ("sliding", 128, 96)
+    assert sorted(read(output)) == ["ADE_test_00000001.png", "ADE_test_00000002.png"]
+    said = f"2 images of test in {output}, checked; single scale, windows of 128 pixels at stride"
+    assert capsys.readouterr().out.startswith(f"{said} 96,")

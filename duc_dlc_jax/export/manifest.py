@@ -118,10 +118,8 @@ def _version(package: str) -> str:
 
 def _evaluation(run: workdirs.Run) -> dict[str, Any] | None:
     """The scores that training took of this checkpoint, None if it took none."""
-    path = run.workdir / "metrics.jsonl"
-    lines = path.read_text("utf-8").splitlines() if path.is_file() else []
-    for line in reversed(lines):
-        values = json.loads(line)
+    lines = storage.json_lines(storage.read(run.workdir / "metrics.jsonl"))
+    for values in reversed(lines):
         if values["step"] == run.step and "val/mIoU" in values:
             figures = {k: v for k, v in values.items() if k.startswith(("val/", "val_iou/"))}
             figures.pop("val/images_per_second", None)

@@ -317,7 +317,8 @@ class Card {
     const { width, height } = example;
     this.label = decode(example.label, width * height);
     this.prediction = decode(example.prediction, width * height);
-    this.present = new Set([...this.label, ...this.prediction]);
+    this.present = new Set(example.present);
+    this.drawn = new Set([...this.label, ...this.prediction]);
     this.canvases = ["base", "top"].map((name) => element("canvas", { class: name, width, height, role: "img" }));
     this.tags = ["l", "r"].map((side) => element("span", { class: `tag ${side}`, "aria-hidden": "true" }));
     this.slider = element("input", { type: "range", min: 0, max: 100, value: 50 });
@@ -399,8 +400,8 @@ function drawKey(name) {
     else entries.push([WRONG, "wrong"]);
   }
   if ([state.left, state.right].some((layer) => layer === "label" || layer === "prediction")) {
-    const present = new Set(cards.flatMap((card) => [...card.present]));
-    const listed = state.chosen < 0 ? [...classes.keys()].filter((k) => present.has(k)) : [state.chosen];
+    const drawn = new Set(cards.flatMap((card) => [...card.drawn]));
+    const listed = state.chosen < 0 ? [...classes.keys()].filter((k) => drawn.has(k)) : [state.chosen];
     if (listed.length <= 40) entries.push(...listed.map((k) => [classes[k].colour, classes[k].name]));
     if (name) entries.push([veil(), "other classes"]);
   }
