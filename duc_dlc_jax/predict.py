@@ -36,9 +36,9 @@ from PIL import ImageOps
 
 from duc_dlc_jax import cli, pictures, progress, protocols, storage, workdirs
 from duc_dlc_jax.data import drawing, inputs
-from duc_dlc_jax.data.builders.examples import in_threads
 from duc_dlc_jax.data.inputs import Input, Video
 from duc_dlc_jax.data.labels import DataError, LabelSpec
+from duc_dlc_jax.data.threads import ahead, in_order
 from duc_dlc_jax.export.bundle import is_bundle
 from duc_dlc_jax.export.runtimes import FORMS
 from duc_dlc_jax.labelling import BundlePredictor, Examples, Predictor, make_predictor
@@ -141,13 +141,13 @@ class Labelling:
         """Labels and writes images; their lines of shares. Threads read ahead and write."""
 
         def examples():
-            for source, image in in_threads(lambda source: (source, source.image()), found):
+            for source, image in in_order(lambda source: (source, source.image()), found):
                 if isinstance(image, str):
                     self.problems.append(image)
                 else:
                     yield {"name": source.name, "path": str(source.path), "image": image}
 
-        yield from in_threads(writer.image, self._labelled(examples(), self._left_out))
+        yield from in_order(writer.image, self._labelled(examples(), self._left_out))
 
     def video(self, source: Input, writer: Writer) -> Iterator[dict[str, Any]]:
         """Labels and writes a video; the lines of its frames."""
@@ -158,13 +158,13 @@ class Labelling:
             return
 
         def examples():
-            for number, image in enumerate(inputs.ahead(video, AHEAD)):
+            for number, image in enumerate(ahead(video, AHEAD)):
                 where = {"frame": number, "seconds": round(number / video.rate, 6)}
                 yield {"name": source.name, "path": str(source.path), "image": image} | where
 
         frames, count = FrameWriter(writer, source.name, video), 0
         try:
-            for line in in_threads(frames, self._labelled(examples()), threads=1):
+            for line in in_order(frames, self._labelled(examples()), threads=1):
                 count += 1
                 yield line
         except Exception as error:
@@ -255,7 +255,7 @@ def main(_) -> None:
     run = workdirs.load_any(args.model, args.checkpoint, args.format)
     # Not as many at once as in training: most batches would be filled up, in memory and time too.
     config = protocols.select(run.config, args.protocol, ["batch_size=1", *args.set])
-    sizes = [size for size in in_threads(Input.size, found) if size]
+    sizes = [size for size in in_order(Input.size, found) if size]
     protocol = protocols.Protocol.from_config(config).planned(sizes)
     predictor = make_predictor(run.model, protocol, config.eval.batch_size)
     labelling = Labelling(predictor, run.variables)

@@ -14,7 +14,7 @@ from PIL import Image
 
 from duc_dlc_jax import config as config_lib
 from duc_dlc_jax import evaluate, padding, pictures, predict, protocols, sharding
-from duc_dlc_jax.data import inputs
+from duc_dlc_jax.data import inputs, threads
 from duc_dlc_jax.data.labels import DataError, label_spec
 from duc_dlc_jax.export import runtimes
 from duc_dlc_jax.labelling import BundlePredictor, Predictor
@@ -331,7 +331,7 @@ def test_ahead_keeps_the_order_and_hands_errors_on():
         yield from range(5)
         raise OSError("gone")
 
-    stream = inputs.ahead(items(), 3)
+    stream = threads.ahead(items(), 3)
     assert [next(stream) for _ in range(5)] == list(range(5))
     with pytest.raises(OSError, match="gone"):
         next(stream)

@@ -20,11 +20,11 @@ import numpy as np
 from PIL import Image
 
 from duc_dlc_jax.data import classes, codec
-from duc_dlc_jax.data.builders.examples import in_threads
 from duc_dlc_jax.data.builders.files import File
 from duc_dlc_jax.data.builders.sources import Item
 from duc_dlc_jax.data.labels import IGNORE, DataError, LabelSpec, is_known
 from duc_dlc_jax.data.pairs import CLASSES, Pair, find_pairs, folder_split
+from duc_dlc_jax.data.threads import in_order
 from duc_dlc_jax.progress import Progress
 
 PNG_KINDS = {  # (bits, colour type) of a PNG's header
@@ -236,7 +236,7 @@ def _scan_all(found: Sequence[Pair]) -> tuple[list[Scan], list[str]]:
     """Reads all pairs on all cores; returns what they hold, and a message per bad one."""
     scans, broken = [], []
     progress = Progress(len(found), "looking at pair")
-    for number, result in enumerate(in_threads(_scan_or_message, found), 1):
+    for number, result in enumerate(in_order(_scan_or_message, found), 1):
         (scans if isinstance(result, Scan) else broken).append(result)
         progress.show(number, "", log=number % 500 == 0)
     return scans, broken

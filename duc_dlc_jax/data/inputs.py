@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import collections
-import concurrent.futures
 import dataclasses
 import glob
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import cv2
 import numpy as np
@@ -118,23 +117,6 @@ def find(texts: Sequence[str], without: str | os.PathLike) -> list[Input]:
             unique, number = f"{wanted}_{number}", number + 1
         names[unique] = path
     return [Input(path, name) for name, path in names.items()]
-
-
-def ahead(items: Iterable[T], count: int) -> Iterator[T]:
-    """The items, of which a thread makes `count` in advance."""
-    iterator, end = iter(items), object()
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
-
-        def ask() -> Any:
-            return pool.submit(next, iterator, end)
-
-        waiting = collections.deque(ask() for _ in range(count))
-        try:
-            while (item := waiting.popleft().result()) is not end:
-                waiting.append(ask())
-                yield item
-        finally:
-            pool.shutdown(cancel_futures=True)
 
 
 def _nothing(path: Path, files: list[Path], there: list[Path], without: str | os.PathLike) -> str:

@@ -11,8 +11,6 @@ No TensorFlow here.
 
 from __future__ import annotations
 
-import collections
-import concurrent.futures
 import contextlib
 import dataclasses
 import functools
@@ -27,6 +25,7 @@ from duc_dlc_jax.config import ConfigError
 from duc_dlc_jax.data.in_flight import InFlight
 from duc_dlc_jax.data.labels import IGNORE
 from duc_dlc_jax.data.records import RecordError, Records
+from duc_dlc_jax.data.threads import in_order
 from duc_dlc_jax.data.transforms import Augmentation, train_transform
 
 if TYPE_CHECKING:
@@ -246,18 +245,9 @@ def with_record(error: Exception, records: Records) -> Exception:
 def eval_examples(
     records: Records, process_index: int = 0, process_count: int = 1, threads: int = 2
 ) -> Iterator[dict[str, Any]]:
-    """Yields this process's records p, p + P, ... whole and in order, decoded ahead in threads.
+    """This process's records p, p + P, ... whole and in order, decoded ahead in threads.
 
     Over all processes each record comes exactly once; processes may differ by one in number.
     """
     indices = range(process_index, len(records), process_count)
-    ahead = 2 * threads
-    pool = concurrent.futures.ThreadPoolExecutor(threads)
-    try:
-        waiting = collections.deque(pool.submit(records.__getitem__, i) for i in indices[:ahead])
-        for following in [*indices[ahead:], *[None] * len(waiting)]:
-            if following is not None:
-                waiting.append(pool.submit(records.__getitem__, following))
-            yield waiting.popleft().result()
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+    return in_order(records.__getitem__, indices, threads)

@@ -7,9 +7,7 @@ rounding: OpenCV and Pillow work in whole numbers, with coordinates in 32nds of 
 
 from __future__ import annotations
 
-import concurrent.futures
 import functools
-import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -24,6 +22,7 @@ from duc_dlc_jax.config import ConfigError
 from duc_dlc_jax.data.labels import IGNORE
 from duc_dlc_jax.data.pipeline import Draw, Positions
 from duc_dlc_jax.data.records import RecordError, Records
+from duc_dlc_jax.data.threads import in_order
 from duc_dlc_jax.data.transforms import Augmentation, draw_geometry, shrinks, source_points
 
 SHARE_OF_MEMORY = 0.5  # of a device that the images may take: the network needs the rest
@@ -78,9 +77,8 @@ def upload(records: Records, mesh: Mesh, mask_bad: bool) -> dict[str, jax.Array]
         inside = np.s_[index, : sizes[index][0], : sizes[index][1]]
         images[inside], labels[inside] = example["image"], example["label"]
 
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        for _ in pool.map(read, range(len(records))):
-            pass
+    for _ in in_order(read, range(len(records))):
+        pass
     logging.info("%d images are on each device: %.1f MiB", len(records), needed / 2**20)
     everywhere = sharding.replicated(mesh)
     arrays = {"image": images, "label": labels, "size": sizes, "bad": bad}

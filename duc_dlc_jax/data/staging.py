@@ -8,7 +8,6 @@ is right.
 
 from __future__ import annotations
 
-import concurrent.futures
 import contextlib
 import errno
 import fcntl
@@ -27,6 +26,7 @@ from etils import epath
 
 from duc_dlc_jax import storage
 from duc_dlc_jax.data.labels import DataError
+from duc_dlc_jax.data.threads import in_order
 from duc_dlc_jax.progress import LOG_EVERY, Progress
 
 MANIFEST = "manifest.json"  # {file: {"size": bytes, "sha256": hex}}, written after all others
@@ -74,7 +74,8 @@ def upload(folder: pathlib.Path, target: epath.Path) -> None:
             _tried(there, lambda: storage.filesystem(target).put_file(source, there))
             add(files[name]["size"])
 
-        _in_threads(put, files)
+        for _ in in_order(put, files, THREADS):
+            pass
     (target / MANIFEST).write_bytes((folder / MANIFEST).read_bytes())
 
 
@@ -140,7 +141,10 @@ def _copy(remote: epath.Path, folder: pathlib.Path, files: dict[str, dict[str, A
         )
     logging.info("%d files of %s are copied to %s", len(missing), remote, folder)
     with _progress(total, f"records of {remote.parent.name}: MB") as add:
-        _in_threads(lambda name: _fetch(remote, folder, name, files[name], add), missing)
+        for _ in in_order(
+            lambda name: _fetch(remote, folder, name, files[name], add), missing, THREADS
+        ):
+            pass
     verified |= {n: _stamp(folder / n) for n in missing}
     storage.write_whole(folder / VERIFIED, json.dumps(verified))
 
@@ -200,18 +204,6 @@ def _tried(name: str, request: Callable[[], Any]) -> Any:
                 raise OSError(f"{name}: {error or type(error).__name__}") from error
             time.sleep(2**trial)
     raise AssertionError
-
-
-def _in_threads(function: Callable[[str], None], names: Iterable[str]) -> None:
-    """Calls it for each name; the first error ends what has not begun."""
-    with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
-        futures = [pool.submit(function, name) for name in names]
-        try:
-            for future in concurrent.futures.as_completed(futures):
-                future.result()
-        except BaseException:
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
 
 
 @contextlib.contextmanager

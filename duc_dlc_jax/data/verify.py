@@ -27,6 +27,7 @@ from duc_dlc_jax.data.builders import examples, sources
 from duc_dlc_jax.data.builders.sources import Item
 from duc_dlc_jax.data.labels import IGNORE, DataError, LabelSpec
 from duc_dlc_jax.data.records import Records, decode_tile
+from duc_dlc_jax.data.threads import in_order
 from duc_dlc_jax.progress import Progress
 
 RECORD = "record"  # a kind of problem, as those in codec
@@ -150,7 +151,7 @@ def verify_download(name: str, raw_dir: str | None) -> Report:
         counts = prepare.images_of(sources.SOURCES[name], listing)
         for split, items in listing.splits.items():
             check = functools.partial(check_item, spec=spec)
-            report.add_split(split, counts[split], examples.in_threads(check, items))
+            report.add_split(split, counts[split], in_order(check, items))
     return report
 
 
@@ -203,7 +204,7 @@ def verify_records(folder: pathlib.Path) -> Report:
         by_record = [points[points[:, 0] == i, 1:] for i in range(len(records))]
         check = functools.partial(check_record, records, by_record)
         before = len(report.problems)
-        results = examples.in_threads(check, range(len(records)))
+        results = in_order(check, range(len(records)))
         report.add_split(split, len(records), results)
         if len(report.problems) == before:  # else the sums differ for that reason
             report.problems += _differences(split, report.splits[split], expected, folder)

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import collections
-import concurrent.futures
 import dataclasses
-import os
 import zlib
-from collections.abc import Iterable, Iterator
 
 import numpy as np
 
@@ -132,22 +128,3 @@ def _class_points(label: np.ndarray, name: str) -> np.ndarray:
             positions = rng.permutation(np.flatnonzero(flat == k))[:POINTS]
         points += [(k, position // width, position % width) for position in positions]
     return np.array(points, np.int32).reshape(-1, 3)
-
-
-def in_threads(function, items: Iterable, threads: int = 0) -> Iterator:
-    """Yields function(item) in order, computed ahead on all cores (the codecs free the GIL).
-
-    threads: how many instead; 1 calls the function in order too.
-    """
-    threads = threads or os.cpu_count() or 1
-    waiting: collections.deque = collections.deque()
-    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-        try:
-            for item in items:
-                waiting.append(pool.submit(function, item))
-                if len(waiting) > 2 * threads:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            pool.shutdown(cancel_futures=True)

@@ -14,9 +14,10 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from duc_dlc_jax.data import builders
-from duc_dlc_jax.data.builders.examples import Example, in_threads, make_example
+from duc_dlc_jax.data.builders.examples import Example, make_example
 from duc_dlc_jax.data.builders.sources import Item
 from duc_dlc_jax.data.labels import LabelSpec
+from duc_dlc_jax.data.threads import in_order
 from duc_dlc_jax.progress import Progress
 
 
@@ -69,7 +70,7 @@ class SegmentationBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=Tru
         # Keys spread over TFDS's 128 bits: it sorts buckets by the high bits, and small integers
         # would all fall into one, which it sorts in memory.
         spacing = (2**128 - 1) // ((total + 1) << 24)
-        for number, example in enumerate(in_threads(self._example, self._splits[split])):
+        for number, example in enumerate(in_order(self._example, self._splits[split])):
             for tile, record in enumerate(example.records):
                 yield ((number << 24) + tile) * spacing, record
             first.append(first[-1] + len(example.records))
