@@ -82,10 +82,9 @@ def resumes(workdir, step):
     config, spec, model = workdirs.described(workdir)
     records: Any = SimpleNamespace(spec=spec)
     assert workdirs.changed_fields(workdir, config) == {}
-    rule = optimizer.create(config.optimizer, 10)
     with Checkpoints(workdir) as saved:
         mesh = train.sharding.make_mesh()
-        state, position = train._first_state(config, workdir, model, rule, saved, mesh, records)
+        state, position = train._first_state(config, workdir, model, saved, mesh, records)
     assert (int(state.step), position) == (step, 4 * step)
 
 
@@ -208,11 +207,10 @@ def test_training_starts_from_a_checkpoint(trained, scenes_dir, tmp_path, caplog
     """config.init.checkpoint: the first state is the other run's best network."""
     workdir, model = trained
     config = config_of(scenes_dir, init__checkpoint=str(workdir))
-    rule = optimizer.create(config.optimizer, 1)
     mesh = train.sharding.make_mesh()
     with Checkpoints(tmp_path / "new") as saved, caplog.at_level(logging.INFO, "absl"):
         state, position = train._first_state(
-            config, tmp_path / "new", model, rule, saved, mesh, SimpleNamespace(spec=SPEC)
+            config, tmp_path / "new", model, saved, mesh, SimpleNamespace(spec=SPEC)
         )
     assert (int(state.step), position) == (0, 0)
     best = workdirs.load(workdir).variables
