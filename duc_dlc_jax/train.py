@@ -62,6 +62,8 @@ def train(
     config_lib.validate(config)
     workdir = storage.path(workdir)
     storage.check(workdir, write=jax.process_index() == 0, flag="--workdir")
+    config = workdirs.located(config)
+    initial.check_not_itself(config.init, workdir)
     mesh = sharding.training_mesh(config)
     records = open_records(config.data, config.data.train_split)
     val_records = open_records(config.data, config.data.eval_split)
@@ -223,6 +225,7 @@ def _first_state(config, workdir, model, saved, mesh, records) -> tuple[TrainSta
     everywhere = sharding.replicated(mesh)
     if saved.latest_step() is not None:
         workdirs.check_classes(workdir, records.spec)
+        workdirs.check_start(workdir, config)
         for name, (old, new) in workdirs.changed_fields(workdir, config).items():
             logging.warning("resuming with %s=%r; the workdir was trained with %r", name, new, old)
     if restored := saved.restore_latest(sharding.shapes(jax.eval_shape(fresh), everywhere)):

@@ -219,6 +219,30 @@ def test_training_starts_from_a_checkpoint(trained, scenes_dir, tmp_path, caplog
     assert "drawn anew: none" in caplog.text
 
 
+def test_where_a_run_began_does_not_change(trained, scenes_dir, tmp_path, monkeypatch):
+    """What differs is named; a path counts as the same however it is written."""
+    workdir, _ = trained
+    config = config_of(scenes_dir, optimizer__ema_decay=0.9)
+    config.train.log_every, config.init.checkpoint = 7, "~/city"
+    start = str(tmp_path / "city")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert workdirs.changed_fields(workdir, config) == {
+        "train.log_every": (2, 7),
+        "init.checkpoint": ("", start),
+    }
+    with pytest.raises(ConfigError, match=rf"began with init\.checkpoint='', not '{start}'"):
+        train.train(config, workdir)
+    workdirs.write(tmp_path / "run", config, SPEC)
+    config.init.checkpoint = start
+    assert workdirs.changed_fields(tmp_path / "run", config) == {}
+
+
+def test_a_run_does_not_start_from_itself(trained, scenes_dir, monkeypatch):
+    monkeypatch.chdir(trained[0].parent)
+    with pytest.raises(ConfigError, match=r"init\.checkpoint=/.*/run is the workdir itself"):
+        train.train(config_of(scenes_dir, init__checkpoint="run"), trained[0])
+
+
 def test_a_bundle_says_where_the_first_weights_came_from(tmp_path):
     """Also of a run that started from another: the licence goes along."""
     first, second = tiny_config("", init__weights="resnet50"), tiny_config("")
