@@ -89,6 +89,8 @@ def test_workdir_holds_what_the_docs_say(trained):
     assert [line["step"] for line in lines] == [2, 4, 6, 6]
     for name in ("loss", "learning_rate", "images_per_second", "data_wait_share"):
         assert all(np.isfinite(line[f"train/{name}"]) for line in lines[:3])
+    rates = [1e-2 * (1 - done / 6) ** 0.9 for done in (1, 3, 5)]  # by the updates before
+    assert [line["train/learning_rate"] for line in lines[:3]] == pytest.approx(rates)
     assert lines[-1]["val/mIoU"] == pytest.approx(scores["mIoU"])
     assert "val_iou/pole" in lines[-1]
     assert json.loads((workdir / "config.json").read_text())["train"]["steps"] == 6
