@@ -16,6 +16,7 @@ from absl import flags
 
 from duc_dlc_jax import cli, sharding
 from duc_dlc_jax import config as config_lib
+from duc_dlc_jax.models import weights
 from networks import Device
 from repository import ROOT, parsed
 
@@ -343,6 +344,17 @@ def test_each_configuration_loads_and_says_how_it_runs(path):
         assert len(differences(config, config_lib.load(parent[1]))) <= 10
     else:
         assert len(differences(config, config_lib.default())) <= 20
+
+
+@each_config
+def test_each_command_starts_from_weights(path):
+    """As the paper does; the drawn scenes alone are learned from scratch."""
+    config = config_lib.load(str(path))
+    given = re.search(r"--config\.init\.weights=(\w+)", ast.get_docstring(parsed(path.read_text())))
+    assert given or config.init.weights or config.data.name == "scenes"
+    if given and given[1] != "FILE":
+        assert given[1] == f"resnet{config.model.depth}"
+        assert given[1] in weights.TABLE
 
 
 @each_config
