@@ -259,7 +259,7 @@ def _check_range(name: str, value: Any, allowed: str) -> None:
     kind, _, interval = allowed.partition(" in ")
     low, high = (float(end) for end in interval[1:-1].split(","))
     ends = [low] * (interval[0] == "[") + [high] * (interval[-1] == "]")
-    type_ = numbers.Integral if kind == "whole numbers" else numbers.Real
+    type_: Any = numbers.Integral if kind == "whole numbers" else numbers.Real
     for number in value if isinstance(value, tuple) else (value,):
         if not isinstance(number, type_) or not (low < number < high or number in ends):
             raise ConfigError(f"{name}={value!r}; allowed: {allowed}")
