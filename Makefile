@@ -1,7 +1,9 @@
 # `make help` lists the targets. Variables: PYTHON (3.11 to 3.13), VENV, EXTRAS, PYTEST_ARGS.
 
-PYTHON ?= python3
 VENV ?= .venv
+BIN := $(VENV)/bin
+# Of the environment that there is; a name that is given has to mean the same version.
+PYTHON ?= $(firstword $(wildcard $(BIN)/python) python3)
 # PyTorch serves the parity tests alone and is tested on Python 3.11; without it they are skipped.
 EXTRAS ?= $(shell $(PYTHON) -c 'import sys; print("dev,export,cloud,torch" if sys.version_info[:2] == (3, 11) else "dev,export,cloud")')
 # In the order of the files: by their number of tests, the slow ones with few would come last.
@@ -13,7 +15,6 @@ comma := ,
 space := $(subst ,, )
 # What the fast suite leaves out; each has a target.
 MARKS := commands parity fault multiprocess object_store slurm browser installed export real_data
-BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
 PYTEST := $(BIN)/python -m pytest
 SOURCES := duc_dlc_jax configs examples tests
@@ -23,7 +24,7 @@ export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
-.PHONY: help install demo test test-commands test-parity test-fault test-multiprocess test-object-store test-slurm test-browser test-installed test-export test-real-data test-all conversion lint format bench clean
+.PHONY: help same-python install demo test test-commands test-parity test-fault test-multiprocess test-object-store test-slurm test-browser test-installed test-export test-real-data test-all conversion lint format bench clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -31,7 +32,10 @@ help:  ## list the targets
 
 install: $(INSTALLED)  ## create the virtual environment with the tested versions
 
-$(INSTALLED): pyproject.toml constraints.txt
+same-python:
+	@test ! -x $(BIN)/python || $(BIN)/python -c 'import sys; own = "%d.%d" % sys.version_info[:2]; asked = sys.argv[1]; sys.exit(own != asked and f"$(VENV) is Python {own}, $(PYTHON) is {asked}: make VENV=.venv{asked} PYTHON=$(PYTHON) ..., or remove $(VENV)")' "$$($(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')"
+
+$(INSTALLED): pyproject.toml constraints.txt | same-python
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else f"Python {v[0]}.{v[1]} is not supported: make PYTHON=python3.12 ...")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[$(EXTRAS)]'

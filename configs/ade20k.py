@@ -1,6 +1,7 @@
 """ADE20K (SceneParse150), 150 classes: train 20,210 and val 2,000 images.
 
 Command   python -m duc_dlc_jax.main --config=configs/ade20k.py --workdir=runs/ade20k
+          --config.init.weights=resnet50
 Data      python -m duc_dlc_jax.data.prepare --dataset=ade20k --raw_dir=DIR --data_dir=data
 Hardware  8 accelerators with 16 GB or more; not run by us; predicted hours: docs/results/paper.md
 Score     the paper's in docs/results/paper.md; not measured here

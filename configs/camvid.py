@@ -3,8 +3,10 @@
 Command   python -m duc_dlc_jax.main --config=configs/camvid.py --workdir=runs/camvid
           --config.init.weights=FILE --config.init.source=NAME
 Data      python -m duc_dlc_jax.data.prepare --dataset=camvid --raw_dir=DIR --data_dir=data
-Hardware  one accelerator with 16 GB or more; on an H200 in bfloat16 2.5 minutes, compiled and all
-Score     0.718 val mIoU, 0.941 PA; 0.742 with multi_scale (docs/results/camvid.md)
+Hardware  one accelerator with 16 GB or more; an H200 took 2.5 minutes for the run below
+Score     not measured with this command. 0.718 val mIoU, 0.941 PA, and 0.742 with six scales and
+          flips, by this recipe in configs/ablation_camvid.py: bfloat16, ImageNet weights of source
+          keras_v1, stride_on=1x1, the last step (docs/results/camvid.md has its command)
 """
 
 from duc_dlc_jax import config as base

@@ -1,6 +1,7 @@
 """Cityscapes, 19 classes: train 2,975 and val 500 images of 1024x2048.
 
 Command   python -m duc_dlc_jax.main --config=configs/cityscapes.py --workdir=runs/cityscapes
+          --config.init.weights=resnet101
 Data      python -m duc_dlc_jax.data.prepare --dataset=cityscapes --raw_dir=DIR --data_dir=data
 Hardware  8 accelerators with 40 GB or more; not run by us; predicted hours: docs/results/paper.md
 Score     the paper's, of the test server, in docs/results/paper.md; not measured here

@@ -1,6 +1,7 @@
 """PASCAL-Context, 59 classes (background ignored): train 4,998 and val 5,105 images.
 
 Command   python -m duc_dlc_jax.main --config=configs/pascal_context.py --workdir=runs/pascal
+          --config.init.weights=resnet50
           60 classes, background counted: --config.data.name=pascal_context_60
 Data      python -m duc_dlc_jax.data.prepare --dataset=pascal_context --raw_dir=DIR --data_dir=data
 Hardware  8 accelerators with 16 GB or more; not run by us; predicted hours: docs/results/paper.md

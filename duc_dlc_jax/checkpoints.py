@@ -347,7 +347,7 @@ class Checkpoints:
 
     def _check(self, step: int, like: TrainState) -> None:
         saved, wanted = (
-            {name: tuple(x.shape) for name, x in named(tree).items()}
+            {name: f"{tuple(x.shape)} {x.dtype}" for name, x in named(tree).items()}
             for tree in (self._metadata(step), like)
         )
         different = [k for k in saved | wanted if saved.get(k) != wanted.get(k)]

@@ -10,6 +10,7 @@ import contextlib
 import difflib
 import functools
 import json
+import numbers
 import re
 import runpy
 import traceback
@@ -49,6 +50,37 @@ CHOICES = {
     "optimizer.name": ("sgd", "adamw"),
     "eval.mode": ("whole", "sliding", "source_code"),
     "eval.average": ("softmax", "exp_sum"),
+}
+
+RANGES = {  # of every number that has no choices, and of each element of a tuple
+    "whole numbers in [0, inf)": """
+        data.crop_width data.workers eval.crop_size eval.long_side eval.pictures eval.stride
+        init.dupsampling_blocks loss.ohem_min_kept model.context_width optimizer.warmup_steps
+        train.eval_every train.keep_best train.steps
+    """,
+    "whole numbers in [1, inf)": """
+        data.base_size data.crop_size data.prefetch data.threads eval.batch_size eval.pad_sides
+        mesh.space model.context_rates model.dlc_growth model.dlc_rates model.dlc_width
+        model.duc_dilation model.duc_width model.dupsampling_width model.guidance_width model.width
+        train.accumulate train.batch_size train.checkpoint_every train.keep_latest train.log_every
+    """,
+    "whole numbers in [-1, inf)": "mesh.data",
+    "whole numbers in [0, 4294967295]": "seed",
+    "numbers in [0, 1]": """
+        data.blur_probability data.class_uniform_share data.photometric_probability
+        loss.label_smoothing loss.ohem_threshold model.bn_momentum
+    """,
+    "numbers in [0, 1)": """
+        model.dropout optimizer.adam_betas optimizer.ema_decay optimizer.momentum
+    """,
+    "numbers in [0, 180]": "data.rotate_degrees",
+    "numbers in [0, inf)": """
+        loss.aux_weight loss.class_weights optimizer.clip_norm optimizer.learning_rate
+        optimizer.new_layer_multiplier optimizer.power optimizer.weight_decay train.epochs
+    """,
+    "numbers in (0, inf)": """
+        data.scale_max data.scale_min eval.scales model.bn_epsilon optimizer.adam_epsilon
+    """,
 }
 
 
@@ -216,14 +248,55 @@ def validate(config: ml_collections.ConfigDict) -> None:
     for name, allowed in CHOICES.items():
         if values[name] not in allowed:
             raise ConfigError(f"{name}={values[name]!r}; allowed: {', '.join(map(repr, allowed))}")
-    positive = ("data.crop_size", "data.base_size", "data.scale_min", "train.batch_size")
-    positive += ("train.accumulate",)
-    positive += ("train.log_every", "train.checkpoint_every", "eval.batch_size", "model.width")
-    for name in positive:
-        if not values[name] > 0:
-            raise ConfigError(f"{name}={values[name]}; it must be positive")
-    if values["model.context_width"] < 0 or values["model.context_width"] % 4:
-        width = values["model.context_width"]
+    for allowed, names in RANGES.items():
+        for name in names.split():
+            _check_range(name, values[name], allowed)
+    _check_tuples(values)
+    _check_together(values)
+
+
+def _check_range(name: str, value: Any, allowed: str) -> None:
+    """allowed: a key of `RANGES`."""
+    kind, _, interval = allowed.partition(" in ")
+    low, high = (float(end) for end in interval[1:-1].split(","))
+    ends = [low] * (interval[0] == "[") + [high] * (interval[-1] == "]")
+    type_: Any = numbers.Integral if kind == "whole numbers" else numbers.Real
+    for number in value if isinstance(value, tuple) else (value,):
+        if not isinstance(number, type_) or not (low < number < high or number in ends):
+            raise ConfigError(f"{name}={value!r}; allowed: {allowed}")
+
+
+def _check_tuples(values: dict[str, Any]) -> None:
+    for name in ("eval.scales", "model.dlc_rates"):
+        if not values[name]:
+            raise ConfigError(f"{name}=(); it must not be empty")
+    for name in ("model.dlc_rates", "model.context_rates"):
+        if len(set(values[name])) < len(values[name]):
+            raise ConfigError(f"{name}={values[name]}; each rate may be there once")
+    betas, weights = values["optimizer.adam_betas"], values["loss.class_weights"]
+    if len(betas) != 2:
+        raise ConfigError(f"optimizer.adam_betas={betas}; allowed: two numbers, as (0.9, 0.999)")
+    if weights and not any(weights):
+        raise ConfigError(f"loss.class_weights={weights}; one of them must be positive")
+    for multiplier in values["optimizer.multipliers"]:
+        if not _is_multiplier(multiplier):
+            raise ConfigError(
+                f"optimizer.multipliers: {multiplier!r}; allowed: PATH=FACTOR, as in classifier=20"
+            )
+
+
+def _is_multiplier(text: Any) -> bool:
+    path, _, factor = str(text).partition("=")
+    try:
+        return bool(path) and 0 <= float(factor) < float("inf")
+    except ValueError:
+        return False
+
+
+def _check_together(values: dict[str, Any]) -> None:
+    """Fields that fit alone and not with each other."""
+    width = values["model.context_width"]
+    if width % 4:
         raise ConfigError(f"model.context_width={width}; allowed: multiples of 4, 0 as published")
     upsampled = values["model.duc_upsampled"]
     if upsampled != "features" and not values["model.commute_coefficients"]:
@@ -232,27 +305,6 @@ def validate(config: ml_collections.ConfigDict) -> None:
             "I~ is then not upsampled, so there is no order to choose. Use "
             "model.commute_coefficients=True, or model.duc_upsampled='features'"
         )
-    shares = ("data.class_uniform_share", "loss.label_smoothing", "loss.ohem_threshold")
-    for name in shares:
-        if not 0 <= values[name] <= 1:
-            raise ConfigError(f"{name}={values[name]}; allowed: 0..1")
-    if not 0 <= values["seed"] < 2**32:
-        raise ConfigError(f"seed={values['seed']}; allowed: 0..{2**32 - 1}")
-    for name in ("loss.ohem_min_kept", "optimizer.warmup_steps"):
-        if values[name] < 0:
-            raise ConfigError(f"{name}={values[name]}; it must not be negative")
-    for multiplier in values["optimizer.multipliers"]:
-        if not re.fullmatch(r"[^=]+=\d*\.?\d+(e-?\d+)?", multiplier):
-            raise ConfigError(
-                f"optimizer.multipliers: {multiplier!r}; allowed: PATH=FACTOR, as in classifier=20"
-            )
-    if not values["eval.scales"]:
-        raise ConfigError("eval.scales=(); it must hold positive numbers")
-    for name in ("eval.scales", "eval.pad_sides", "model.context_rates"):
-        if not min(values[name], default=1) > 0:
-            raise ConfigError(f"{name}={values[name]}; it must hold positive numbers")
-    if values["data.crop_width"] < 0:
-        raise ConfigError(f"data.crop_width={values['data.crop_width']}; 0 = data.crop_size")
     if values["data.scale_max"] < values["data.scale_min"]:
         raise ConfigError(
             f"data.scale_max={values['data.scale_max']} is below "

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import ml_collections
 import numpy as np
 from absl import logging
+from etils import epath
 
 from duc_dlc_jax import grafting
+from duc_dlc_jax.config import ConfigError
 from duc_dlc_jax.data.labels import IGNORE
 from duc_dlc_jax.data.records import Records
 from duc_dlc_jax.models import pretrained, tensor_files, weights
@@ -24,6 +27,15 @@ def check(init: ml_collections.ConfigDict) -> None:
     if init.weights:
         path, _ = weights.find(init.weights, init.source)
         tensor_files.check(path)
+
+
+def check_not_itself(init: ml_collections.ConfigDict, workdir: epath.Path) -> None:
+    """Raises ConfigError where a run would start from its own workdir."""
+    if init.checkpoint and os.path.realpath(init.checkpoint) == os.path.realpath(workdir):
+        raise ConfigError(
+            f"init.checkpoint={init.checkpoint} is the workdir itself. Without it the run goes on; "
+            "to start a new one from its best network give another --workdir"
+        )
 
 
 def variables(

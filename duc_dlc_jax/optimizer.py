@@ -13,11 +13,17 @@ import optax
 from duc_dlc_jax.config import ConfigError
 
 
-def total_steps(config: ml_collections.ConfigDict, images: int) -> int:
-    """train.steps, or train.epochs x images / batch_size rounded up (batches cross epochs)."""
+def total_steps(
+    config: ml_collections.ConfigDict, images: int, step: int = 0, position: int = 0
+) -> int:
+    """train.steps, or train.epochs x images / batch_size rounded up (batches cross epochs).
+
+    position: images consumed in the first `step` steps, in batches of this size or another.
+    """
     if config.train.steps > 0:
         return config.train.steps
-    return math.ceil(config.train.epochs * images / config.train.batch_size)
+    size = config.train.batch_size
+    return math.ceil((config.train.epochs * images + (step * size - position)) / size)
 
 
 def poly_schedule(

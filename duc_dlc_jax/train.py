@@ -38,7 +38,7 @@ from duc_dlc_jax import (
 from duc_dlc_jax import config as config_lib
 from duc_dlc_jax import optimizer as optimizers
 from duc_dlc_jax.data import pipeline
-from duc_dlc_jax.data.batches import device_batches
+from duc_dlc_jax.data.batches import check_position, device_batches
 from duc_dlc_jax.data.labels import LabelSpec
 from duc_dlc_jax.data.records import open_records
 from duc_dlc_jax.errors import Stopped
@@ -46,7 +46,7 @@ from duc_dlc_jax.goodput import Goodput
 from duc_dlc_jax.models import segmenter
 from duc_dlc_jax.progress import Progress
 from duc_dlc_jax.stopping import StopSignal
-from duc_dlc_jax.train_step import TrainState, create_state, make_train_step
+from duc_dlc_jax.train_step import TrainState, first_state, make_train_step
 
 
 def train(
@@ -62,6 +62,8 @@ def train(
     config_lib.validate(config)
     workdir = storage.path(workdir)
     storage.check(workdir, write=jax.process_index() == 0, flag="--workdir")
+    config = workdirs.located(config)
+    initial.check_not_itself(config.init, workdir)
     mesh = sharding.training_mesh(config)
     records = open_records(config.data, config.data.train_split)
     val_records = open_records(config.data, config.data.eval_split)
@@ -71,16 +73,16 @@ def train(
             raise config_lib.ConfigError(f"split {split.split} of {split.folder} has no labels")
     if not (workdir / "checkpoints").exists():
         initial.check(config.init)
-    spec, steps = records.spec, optimizers.total_steps(config, len(records))
-    _announce(config, workdir, mesh, spec, len(records), len(val_records), steps)
-
+    spec, stop = records.spec, StopSignal()
     model = segmenter.create(config.model, spec.num_classes, sharding.bn_groups(config, mesh))
-    optimizer, stop = optimizers.create(config.optimizer, steps), StopSignal()
     with contextlib.ExitStack() as stack:
         stack.enter_context(stop.listening())
         kept = config.train.keep_latest, config.train.keep_best
         saved = stack.enter_context(checkpoints.Checkpoints(workdir, *kept, training=True))
-        state, position = _first_state(config, workdir, model, optimizer, saved, mesh, records)
+        state, position = _first_state(config, workdir, model, saved, mesh, records)
+        steps = optimizers.total_steps(config, len(records), int(state.step), position)
+        _announce(config, workdir, mesh, spec, len(records), len(val_records), steps)
+        optimizer = optimizers.create(config.optimizer, steps)
         if jax.process_index() == 0:
             workdirs.write(workdir, config, spec)
             text = parameter_overview.get_parameter_overview(state.params, include_stats=False)
@@ -99,7 +101,7 @@ def train(
         loop = _Loop(
             config, steps, train_step, evaluation, saved, writer, stop, spent, trace, records.name
         )
-        scores = loop.run(state, batches)
+        scores = loop.run(state, batches, position)
         if jax.process_index() == 0:
             print(f"{evaluate.table(scores, spec)}\n{_next_commands(workdir, saved)}")
             print(f"goodput          {spent.sentence(steps)}")
@@ -120,12 +122,14 @@ class _Loop:
         self._progress = Progress(steps, "step", quiet=jax.process_index() != 0)
         self._scores: dict[str, Any] = {}
 
-    def run(self, state: TrainState, batches: Iterator) -> dict[str, Any]:
+    def run(self, state: TrainState, batches: Iterator, position: int) -> dict[str, Any]:
         """From the state's step on; returns the scores of the last evaluation.
 
-        Raises Stopped after SIGTERM or SIGINT, with the state saved.
+        position: training images consumed so far, also in batches of another size. Raises Stopped
+        after SIGTERM or SIGINT, with the state saved.
         """
         first, seed = int(state.step), np.uint32(self._config.seed)
+        self._first, self._position = first, position
         self._goodput.started()
         if first and self._evaluating(first) and not self._saved.has_scores(first):
             self._keep(state, first, evaluating=True)  # a signal had come during it
@@ -187,7 +191,8 @@ class _Loop:
             except Stopped:
                 stopping = True
         with self._goodput.spent("checkpoint"):
-            position = step * self._config.train.batch_size
+            size = self._config.train.batch_size
+            position = self._position + (step - self._first) * size
             self._writer.flush()  # a resumed run finds the lines up to its step
             self._saved.save(state, position, self._config, headline)
             if stopping:
@@ -211,18 +216,20 @@ def _with_names(batches, records, workdir: epath.Path, step: int):
             yield batch, indices
 
 
-def _first_state(config, workdir, model, optimizer, saved, mesh, records) -> tuple[TrainState, int]:
+def _first_state(config, workdir, model, saved, mesh, records) -> tuple[TrainState, int]:
     """The latest checkpoint's state, or a new one; and the images consumed so far."""
 
     def fresh(variables=None):
-        return create_state(model, optimizer, config, variables)
+        return first_state(model, config, variables)
 
     everywhere = sharding.replicated(mesh)
     if saved.latest_step() is not None:
         workdirs.check_classes(workdir, records.spec)
+        workdirs.check_start(workdir, config)
         for name, (old, new) in workdirs.changed_fields(workdir, config).items():
             logging.warning("resuming with %s=%r; the workdir was trained with %r", name, new, old)
     if restored := saved.restore_latest(sharding.shapes(jax.eval_shape(fresh), everywhere)):
+        check_position(restored[1], config.train.batch_size)
         logging.info("resuming from step %d in %s", int(restored[0].step), saved.directory)
         return restored
     variables = initial.variables(model, config, records)

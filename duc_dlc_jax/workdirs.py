@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shlex
 from typing import Any
 
 import ml_collections
@@ -93,9 +94,28 @@ def changed_fields(workdir: epath.Path, config: ml_collections.ConfigDict) -> di
     path = workdir / "config.json"
     if not path.exists():
         return {}
-    old = dict(config_lib.fields(config_lib.from_json(path.read_text())))
-    new = dict(config_lib.fields(config))
+    saved = located(config_lib.from_json(path.read_text()))
+    old, new = (dict(config_lib.fields(c)) for c in (saved, located(config)))
     return {name: (old[name], new[name]) for name in new if old[name] != new[name]}
+
+
+def located(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """`config` with init.checkpoint as an absolute path, for commands in other folders."""
+    config = config.copy_and_resolve_references()
+    if config.init.checkpoint:
+        start = storage.path(config.init.checkpoint).expanduser()
+        config.init.checkpoint = str(storage.absolute(start))
+    return config
+
+
+def check_start(workdir: epath.Path, config: ml_collections.ConfigDict) -> None:
+    """Raises ConfigError where a run began otherwise than `config.init` says."""
+    for name, (old, new) in changed_fields(workdir, config).items():
+        if name.startswith("init."):
+            raise config_lib.ConfigError(
+                f"the run in {workdir} began with {name}={old!r}, not {new!r}, and goes on from its"
+                f" checkpoint: use --config.{name}={shlex.quote(str(old))}, or another workdir"
+            )
 
 
 def described(

@@ -121,7 +121,10 @@ class _Events:
 
 
 class StepFigures:
-    """Figures of the steps since the last log line; keeps at most two steps in flight."""
+    """Figures of the steps since the last log line; keeps at most two steps in flight.
+
+    The first step, which compiles, counts in the means and not in the time.
+    """
 
     def __init__(self, batch_size: int, name: Callable[[int], str] = str):
         """name: of a record, for errors."""
@@ -129,7 +132,7 @@ class StepFigures:
         self._metrics: list[dict[str, jax.Array]] = []
         self._records: list[np.ndarray] = []
         self._in_flight: deque[jax.Array] = deque()
-        self.text = ""
+        self.text, self._compiled = "", False
         self.restart()
 
     def restart(self) -> None:
@@ -152,20 +155,28 @@ class StepFigures:
         if len(self._in_flight) > 2:
             done = self._in_flight.popleft()
             self.text = f"loss {float(done):.4f}  {self._rate():.1f} images/s"
+        if not self._compiled:
+            jax.block_until_ready(metrics)
+            self._compiled = True
+            self.restart()
 
     def _rate(self) -> float:
         return self._steps * self._batch_size / max(time.monotonic() - self._start, 1e-9)
 
     def take(self, step: int) -> dict[str, float]:
-        """Means over the window, rate and share of waiting; raises where the loss is not finite."""
+        """Means over the window, and rate and share of waiting of its steps that were timed.
+
+        Raises NotFinite as `check_finite`.
+        """
         self.check_finite(step)
         rows = jax.device_get(self._metrics)
         elapsed = max(time.monotonic() - self._start, 1e-9)
         means = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
-        means["images_per_second"] = self._rate()
-        means["data_wait_share"] = self._waited / elapsed
-        self.text = f"loss {means['loss']:.4f}  {means['images_per_second']:.1f} images/s"
-        self.text += f"  {100 * means['data_wait_share']:.0f}% waiting for data"
+        self.text = f"loss {means['loss']:.4f}"
+        if self._steps:
+            rate, waited = self._rate(), self._waited / elapsed
+            means |= {"images_per_second": rate, "data_wait_share": waited}
+            self.text += f"  {rate:.1f} images/s  {100 * waited:.0f}% waiting for data"
         self._metrics.clear()
         self._records.clear()
         self.restart()

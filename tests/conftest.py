@@ -37,7 +37,10 @@ def strict_rank_promotion():
 
 @pytest.fixture(scope="session")
 def bfloat16_run(strict_rank_promotion):
-    """Ten steps of a tiny bfloat16 network with EMA: `config` and 11 `states` on the host."""
+    """Ten steps of a tiny bfloat16 network with EMA: `config` and 11 `states` on the host.
+
+    loss: of the compiled step, from the first state, with a `step` and a `seed`.
+    """
     import jax
     import numpy as np
 
@@ -57,4 +60,9 @@ def bfloat16_run(strict_rank_promotion):
         label = rng.integers(0, 5, (2, 64, 64)).astype(np.uint8)
         state, _ = step(state, {"image": image, "label": label}, config.seed)
         states.append(jax.device_get(state))
-    return SimpleNamespace(config=config, states=states)
+    batch = {"image": image, "label": label}
+
+    def loss(of_step, seed):
+        return float(step(states[0].replace(step=np.int32(of_step)), batch, seed)[1]["loss"])
+
+    return SimpleNamespace(config=config, states=states, loss=loss)

@@ -94,7 +94,7 @@ def test_missing_step_is_an_error_that_lists_what_there_is(tmp_path):
 
 def test_another_shape_is_named_with_both_shapes(tmp_path):
     saved = save_scores(tmp_path, {3: 0.5})
-    with pytest.raises(ValueError, match=r"kernel is \(2, 3\) in the checkpoint and \(2, 4\)"):
+    with pytest.raises(ValueError, match=r"kernel is \(2, 3\) float32 in the .* and \(2, 4\)"):
         saved.restore(3, like(make_state(0, width=4)))
 
 
@@ -186,9 +186,24 @@ def test_another_structure_is_not_passed_over(tmp_path):
     saved.save(make_state(3, width=4), 0, config_lib.default())
     saved.close()
     reopened = Checkpoints(tmp_path, training=True)
-    with pytest.raises(ConfigError, match=r"/3 does not fit .*\(2, 4\) in the checkpoint"):
+    with pytest.raises(ConfigError, match=r"/3 does not fit .*\(2, 4\) float32 in the"):
         reopened.restore_latest(like(make_state(0)))
     assert steps(tmp_path) == [2, 3]
+
+
+def test_another_dtype_is_no_damage(tmp_path):
+    """Numbers that were read as float64 have other checksums than those that were saved."""
+    save_scores(tmp_path, {3: None}).close()
+    narrow = like(make_state(0))
+    wide = narrow.replace(
+        params=jax.tree.map(lambda x: x.update(dtype=np.dtype("float64")), narrow.params)
+    )
+    with (
+        Checkpoints(tmp_path, training=True) as saved,
+        pytest.raises(ConfigError, match=r"kernel is \(2, 3\) float32 .* and \(2, 3\) float64"),
+    ):
+        saved.restore_latest(wide)
+    assert steps(tmp_path) == [3]
 
 
 def test_a_step_that_is_saved_again_is_replaced(tmp_path):

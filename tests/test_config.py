@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import errno
+import math
 import pathlib
 import re
 import runpy
@@ -15,6 +16,7 @@ from absl import flags
 
 from duc_dlc_jax import cli, sharding
 from duc_dlc_jax import config as config_lib
+from duc_dlc_jax.models import weights
 from networks import Device
 from repository import ROOT, parsed
 
@@ -217,10 +219,20 @@ def test_a_bad_choice_lists_the_allowed_ones(name):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"train.batch_size": 0}, r"train\.batch_size=0; it must be positive"),
-        ({"data.crop_size": -4}, r"data\.crop_size=-4; it must be positive"),
+        ({"train.batch_size": 0}, r"train\.batch_size=0; allowed: whole numbers in \[1, inf\)$"),
+        ({"data.crop_size": -4}, r"data\.crop_size=-4; allowed: whole numbers in \[1, inf\)"),
         ({"data.scale_max": 0.25}, r"data\.scale_max=0\.25 is below data\.scale_min=0\.5"),
         ({"train.epochs": 0.0}, "train.steps and train.epochs are both 0"),
+        ({"train.epochs": math.nan}, r"train\.epochs=nan; allowed: numbers in \[0, inf\)"),
+        ({"model.dlc_rates": (0, 3)}, r"dlc_rates=\(0, 3\); allowed: whole numbers in \[1, inf\)"),
+        ({"model.dlc_rates": (3, 3)}, r"dlc_rates=\(3, 3\); each rate may be there once"),
+        ({"model.context_rates": (3, 3)}, r"context_rates=\(3, 3\); each rate"),
+        ({"eval.scales": ("a",)}, r"eval\.scales=\('a',\); allowed: numbers in \(0, inf\)"),
+        ({"eval.pad_sides": (512, 0.5)}, r"eval\.pad_sides=\(512, 0\.5\); allowed: whole"),
+        ({"optimizer.adam_betas": (0.9,)}, r"adam_betas=\(0\.9,\); allowed: two numbers"),
+        ({"loss.class_weights": (0.0, 0.0)}, r"class_weights=.*; one of them must be positive"),
+        ({"optimizer.multipliers": (3,)}, r"multipliers: 3; allowed: PATH=FACTOR"),
+        ({"optimizer.multipliers": ("classifier=nan",)}, r"'classifier=nan'; allowed: PATH=FACTOR"),
         (
             {"model.duc_upsampled": "output", "model.commute_coefficients": False},
             r"model\.duc_upsampled='output' and model\.commute_coefficients=False are both set",
@@ -232,6 +244,54 @@ def test_values_out_of_range(changes, message):
     config.update_from_flattened_dict(changes)
     with pytest.raises(config_lib.ConfigError, match=message):
         config_lib.validate(config)
+
+
+def test_every_number_has_a_range():
+    rows = [name for names in config_lib.RANGES.values() for name in names.split()]
+    assert len(rows) == len(set(rows))
+    numbers = {name for name, v in config_lib.fields(config_lib.default()) if is_number(v)}
+    assert set(rows) == numbers - config_lib.CHOICES.keys() - {"optimizer.multipliers"}
+
+
+def is_number(value) -> bool:
+    return isinstance(value, int | float | tuple) and not isinstance(value, bool)
+
+
+@pytest.mark.parametrize("allowed", config_lib.RANGES)
+def test_a_number_outside_its_range_is_refused(allowed):
+    """Below it, above it, NaN and infinite; what lies on a closed end is not."""
+    interval, whole = allowed.partition(" in ")[2], allowed.startswith("whole")
+    low, high = map(float, interval[1:-1].split(","))
+    taken = [end for end, sign in ((low, interval[0]), (high, interval[-1])) if sign in "[]"]
+    refused = [low - 1] if low in taken else [low - 1, low]
+    if high < math.inf:
+        refused += [high + 1] if high in taken else [high, high + 1]
+    refused += [] if whole else [math.nan, math.inf]
+    config = config_lib.default()
+    for name in config_lib.RANGES[allowed].split():
+        default = dict(config_lib.fields(config))[name]
+        for value in taken:
+            config_lib._check_range(name, as_field(value, default, whole), allowed)
+        for value in refused:
+            bad = as_field(value, default, whole)
+            config.update_from_flattened_dict({name: bad})
+            with pytest.raises(config_lib.ConfigError) as error:
+                config_lib.validate(config)
+            assert str(error.value) == f"{name}={bad!r}; allowed: {allowed}"
+        config.update_from_flattened_dict({name: default})
+
+
+def as_field(value: float, default, whole: bool):
+    """The number as one of the field's type."""
+    number = int(value) if whole else value
+    return (number,) if isinstance(default, tuple) else number
+
+
+@pytest.mark.parametrize("factor", ["1E-3", "5.", ".5", "20"])
+def test_a_factor_is_any_number(factor):
+    config = config_lib.default()
+    config.optimizer.multipliers = (f"classifier={factor}",)
+    config_lib.validate(config)
 
 
 def test_a_batch_that_does_not_divide_shows_the_arithmetic():
@@ -324,6 +384,17 @@ def test_each_configuration_loads_and_says_how_it_runs(path):
         assert len(differences(config, config_lib.load(parent[1]))) <= 10
     else:
         assert len(differences(config, config_lib.default())) <= 20
+
+
+@each_config
+def test_each_command_starts_from_weights(path):
+    """As the paper does; the drawn scenes alone are learned from scratch."""
+    config = config_lib.load(str(path))
+    given = re.search(r"--config\.init\.weights=(\w+)", ast.get_docstring(parsed(path.read_text())))
+    assert given or config.init.weights or config.data.name == "scenes"
+    if given and given[1] != "FILE":
+        assert given[1] == f"resnet{config.model.depth}"
+        assert given[1] in weights.TABLE
 
 
 @each_config

@@ -89,6 +89,8 @@ def test_workdir_holds_what_the_docs_say(trained):
     assert [line["step"] for line in lines] == [2, 4, 6, 6]
     for name in ("loss", "learning_rate", "images_per_second", "data_wait_share"):
         assert all(np.isfinite(line[f"train/{name}"]) for line in lines[:3])
+    rates = [1e-2 * (1 - done / 6) ** 0.9 for done in (1, 3, 5)]  # by the updates before
+    assert [line["train/learning_rate"] for line in lines[:3]] == pytest.approx(rates)
     assert lines[-1]["val/mIoU"] == pytest.approx(scores["mIoU"])
     assert "val_iou/pole" in lines[-1]
     assert json.loads((workdir / "config.json").read_text())["train"]["steps"] == 6
@@ -125,6 +127,37 @@ def test_interrupted_run_equals_the_uninterrupted_bit_for_bit(
     scores = train(averaging(scenes_dir), workdir)
     assert_same_state(saved_state(workdir, 6), saved_state(trained[0], 6))
     np.testing.assert_array_equal(scores["matrix"], trained[1]["matrix"])
+
+
+def test_a_run_resumed_with_another_batch_size_sees_each_image_once(
+    scenes_dir, tmp_path, monkeypatch
+):
+    """Also after the checkpoints that follow the first of the new size."""
+
+    def counting(*_):
+        figures = {"loss": np.float32(1), "grad_norm": np.float32(1), "PA": np.float32(1)}
+        return lambda state, batch, seed: (state.replace(step=state.step + 1), figures)
+
+    monkeypatch.setattr(sharding, "jit_train_step", counting)
+
+    def run(batch_size, batches):
+        changes = {"train__batch_size": batch_size, "train__checkpoint_every": 1}
+        config = tiny_config(scenes_dir, train__steps=99, **changes)
+        with monkeypatch.context() as patch:
+            interrupt_after(patch, batches)
+            train(config, tmp_path, record_names=True)
+
+    for batch_size in (4, 2, 2):
+        with pytest.raises(Killed):
+            run(batch_size, 1)
+    with pytest.raises(ConfigError, match=r"batch_size=3 .* \(8 = 2 x 3 \+ 2\); use 1, or"):
+        run(3, 1)
+    records = open_records(averaging(scenes_dir).data, "train")
+    lines = [json.loads(line) for line in (tmp_path / "records.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    seen = [name for line in lines for name in line["records"]]
+    first = pipeline.permutation(0, 0, len(records))[: 4 + 2 + 2]
+    assert seen == [records.name(int(record)) for record in first]
 
 
 def test_ctrl_c_saves_the_step(trained, scenes_dir, tmp_path, monkeypatch):

@@ -12,6 +12,19 @@ import pytest
 
 from duc_dlc_jax.models import layers, resizing, valid_cells
 
+# Initial weights
+
+
+def test_initial_weights_have_their_published_variances():
+    """He et al. by the outputs; and 1 / (3 fan), of PyTorch's uniform in +-1 / sqrt(fan)."""
+    shape, rng = (3, 3, 64, 128), np.random.default_rng(0)
+    fans = ((layers.backbone_init, 9 * 128 / 2), (layers.head_init, 9 * 64 * 3))
+    for init, inverse in fans:
+        drawn = init.draw(rng, shape)
+        assert drawn.mean() == pytest.approx(0, abs=1e-3)
+        assert drawn.var() == pytest.approx(1 / inverse, rel=0.02)
+
+
 # Resizing
 
 

@@ -234,6 +234,13 @@ def dtypes(tree) -> set[str]:
     return {str(leaf.dtype) for leaf in jax.tree.leaves(tree)}
 
 
+def test_dropout_is_drawn_anew_at_each_step_and_for_each_seed(bfloat16_run):
+    seed = bfloat16_run.config.seed
+    losses = [bfloat16_run.loss(*drawn) for drawn in ((0, seed), (1, seed), (0, seed + 1))]
+    assert len(set(losses)) == 3
+    assert bfloat16_run.loss(1, seed) == losses[1]
+
+
 def test_state_stays_float32_after_ten_bfloat16_steps(bfloat16_run):
     first, last = bfloat16_run.states[0], bfloat16_run.states[-1]
     assert int(last.step) == 10

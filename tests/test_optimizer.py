@@ -46,6 +46,8 @@ def test_steps_of_a_run(name, images, dropping, ours):
     assert config.train.batch_size == 16
     assert int(config.train.epochs) * (images // 16) == dropping
     assert optimizer.total_steps(config, images) == ours
+    config.train.batch_size = 8  # after 100 steps of 16: every image is seen as often as before
+    assert optimizer.total_steps(config, images, 100, 1600) == 2 * ours - 100
     config.train.steps = 7
     assert optimizer.total_steps(config, images) == 7
 

@@ -233,7 +233,7 @@ def test_fields_can_follow_the_preset():
         protocols.select(config, "", ["crop=3"])
     with pytest.raises(config_lib.ConfigError, match=r"--set=flip=maybe: 'maybe' is no value of"):
         protocols.select(config, "", ["flip=maybe"])
-    with pytest.raises(config_lib.ConfigError, match=r"eval\.scales=\(\); it must hold positive"):
+    with pytest.raises(config_lib.ConfigError, match=r"eval\.scales=\(\); it must not be empty"):
         protocols.select(config, "", ["scales=()"])
     config = protocols.select(config, "sliding", ["stride=900"])
     with pytest.raises(config_lib.ConfigError, match=r"eval\.stride=900; allowed: 1 to .* 713 "):

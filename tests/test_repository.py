@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import codecs
+import os
 import pathlib
 import re
 import shlex
@@ -232,6 +233,30 @@ def test_the_rows_of_conversion_do_not_hide_a_failure():
         words = [*command, f"PYTEST=sh -c 'echo other; echo \"| row\"; exit {code}'"]
         done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
         assert (done.stdout, done.returncode) == ("| row\n", said), done.stderr
+
+
+def test_make_does_not_install_into_the_environment_of_another_python(tmp_path):
+    """The interpreters are scripts; without PYTHON= the environment's own is taken."""
+    scripts = {
+        tmp_path / "venv" / "bin" / "python": f'[ "$1" = -c ] && exec {sys.executable} "$@"',
+        tmp_path / "other": "echo 3.9",
+    }
+    for path, text in scripts.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"#!/bin/sh\n{text}\n")
+        path.chmod(0o755)
+    command = ["make", "-C", str(ROOT), "install", f"VENV={tmp_path / 'venv'}", "EXTRAS=dev"]
+    given = ("PYTHON", "MAKEFLAGS")  # by a `make test` around this
+    environ = {name: value for name, value in os.environ.items() if name not in given}
+
+    def ended(*words):
+        run = [*command, *words]
+        return subprocess.run(run, env=environ, capture_output=True, text=True)
+
+    refused = ended(f"PYTHON={tmp_path / 'other'}")
+    assert re.search(r"venv is Python 3\.1\d, .*other is 3\.9: make VENV=", refused.stderr)
+    assert "pip install" not in refused.stdout
+    assert "pip install" in ended().stdout  # where the script ends it
 
 
 def test_every_marker_has_a_target_and_is_out_of_the_fast_suite():

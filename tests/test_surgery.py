@@ -82,10 +82,9 @@ def resumes(workdir, step):
     config, spec, model = workdirs.described(workdir)
     records: Any = SimpleNamespace(spec=spec)
     assert workdirs.changed_fields(workdir, config) == {}
-    rule = optimizer.create(config.optimizer, 10)
     with Checkpoints(workdir) as saved:
         mesh = train.sharding.make_mesh()
-        state, position = train._first_state(config, workdir, model, rule, saved, mesh, records)
+        state, position = train._first_state(config, workdir, model, saved, mesh, records)
     assert (int(state.step), position) == (step, 4 * step)
 
 
@@ -208,17 +207,40 @@ def test_training_starts_from_a_checkpoint(trained, scenes_dir, tmp_path, caplog
     """config.init.checkpoint: the first state is the other run's best network."""
     workdir, model = trained
     config = config_of(scenes_dir, init__checkpoint=str(workdir))
-    rule = optimizer.create(config.optimizer, 1)
     mesh = train.sharding.make_mesh()
     with Checkpoints(tmp_path / "new") as saved, caplog.at_level(logging.INFO, "absl"):
         state, position = train._first_state(
-            config, tmp_path / "new", model, rule, saved, mesh, SimpleNamespace(spec=SPEC)
+            config, tmp_path / "new", model, saved, mesh, SimpleNamespace(spec=SPEC)
         )
     assert (int(state.step), position) == (0, 0)
     best = workdirs.load(workdir).variables
     jax.tree.map(np.testing.assert_array_equal, state.variables(), best)
     assert "the network of step 1" in caplog.text
     assert "drawn anew: none" in caplog.text
+
+
+def test_where_a_run_began_does_not_change(trained, scenes_dir, tmp_path, monkeypatch):
+    """What differs is named; a path counts as the same however it is written."""
+    workdir, _ = trained
+    config = config_of(scenes_dir, optimizer__ema_decay=0.9)
+    config.train.log_every, config.init.checkpoint = 7, "~/city"
+    start = str(tmp_path / "city")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert workdirs.changed_fields(workdir, config) == {
+        "train.log_every": (2, 7),
+        "init.checkpoint": ("", start),
+    }
+    with pytest.raises(ConfigError, match=rf"began with init\.checkpoint='', not '{start}'"):
+        train.train(config, workdir)
+    workdirs.write(tmp_path / "run", config, SPEC)
+    config.init.checkpoint = start
+    assert workdirs.changed_fields(tmp_path / "run", config) == {}
+
+
+def test_a_run_does_not_start_from_itself(trained, scenes_dir, monkeypatch):
+    monkeypatch.chdir(trained[0].parent)
+    with pytest.raises(ConfigError, match=r"init\.checkpoint=/.*/run is the workdir itself"):
+        train.train(config_of(scenes_dir, init__checkpoint="run"), trained[0])
 
 
 def test_a_bundle_says_where_the_first_weights_came_from(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator
 
 import jax
@@ -10,8 +11,20 @@ import numpy as np
 from jax.sharding import Mesh
 
 from duc_dlc_jax import sharding
+from duc_dlc_jax.config import ConfigError
 from duc_dlc_jax.data import pipeline, resident
 from duc_dlc_jax.data.records import Records
+
+
+def check_position(position: int, batch_size: int) -> None:
+    """Raises ConfigError unless a batch begins at the image at `position` of the stream."""
+    count, rest = divmod(position, batch_size)
+    if rest:
+        raise ConfigError(
+            f"train.batch_size={batch_size} does not divide the {position} images that the run has "
+            f"seen ({position} = {count} x {batch_size} + {rest}); use "
+            f"{math.gcd(position, batch_size)}, or the former size with train.accumulate"
+        )
 
 
 def device_batches(
