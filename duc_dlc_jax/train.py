@@ -79,6 +79,8 @@ def train(
         stack.enter_context(stop.listening())
         kept = config.train.keep_latest, config.train.keep_best
         saved = stack.enter_context(checkpoints.Checkpoints(workdir, *kept, training=True))
+        if saved.latest_step() is not None:
+            config.init = workdirs.start_of(workdir, config)
         state, position = _first_state(config, workdir, model, saved, mesh, records)
         steps = optimizers.total_steps(config, len(records), int(state.step), position)
         _announce(config, workdir, mesh, spec, len(records), len(val_records), steps)
@@ -225,7 +227,6 @@ def _first_state(config, workdir, model, saved, mesh, records) -> tuple[TrainSta
     everywhere = sharding.replicated(mesh)
     if saved.latest_step() is not None:
         workdirs.check_classes(workdir, records.spec)
-        workdirs.check_start(workdir, config)
         for name, (old, new) in workdirs.changed_fields(workdir, config).items():
             logging.warning("resuming with %s=%r; the workdir was trained with %r", name, new, old)
     if restored := saved.restore_latest(sharding.shapes(jax.eval_shape(fresh), everywhere)):

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import shlex
 from typing import Any
 
 import ml_collections
@@ -108,14 +107,22 @@ def located(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     return config
 
 
-def check_start(workdir: epath.Path, config: ml_collections.ConfigDict) -> None:
-    """Raises ConfigError where a run began otherwise than `config.init` says."""
-    for name, (old, new) in changed_fields(workdir, config).items():
-        if name.startswith("init."):
+def start_of(workdir: epath.Path, config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """`config.init` as the run in the workdir began; `config` may leave it out, not change it.
+
+    Raises ConfigError where it names another start: a run goes on from its checkpoint.
+    """
+    path = workdir / "config.json"
+    began = located(config_lib.from_json(path.read_text())).init if path.exists() else config.init
+    if not (config.init.weights or config.init.checkpoint):
+        return began
+    for name, new in located(config).init.items():
+        if (old := began[name]) != new:
             raise config_lib.ConfigError(
-                f"the run in {workdir} began with {name}={old!r}, not {new!r}, and goes on from its"
-                f" checkpoint: use --config.{name}={shlex.quote(str(old))}, or another workdir"
+                f"the run in {workdir} began with init.{name}={old!r}, not {new!r}, and goes on "
+                "from its checkpoint: leave config.init out, or give another workdir"
             )
+    return began
 
 
 def described(

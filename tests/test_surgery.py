@@ -235,6 +235,8 @@ def test_where_a_run_began_does_not_change(trained, scenes_dir, tmp_path, monkey
     workdirs.write(tmp_path / "run", config, SPEC)
     config.init.checkpoint = start
     assert workdirs.changed_fields(tmp_path / "run", config) == {}
+    config.init.checkpoint = ""  # left out: it stays what it was
+    assert workdirs.start_of(tmp_path / "run", config).checkpoint == start
 
 
 def test_a_run_does_not_start_from_itself(trained, scenes_dir, monkeypatch):
