@@ -53,7 +53,7 @@ test-commands: install  ## fit, surgery, ablate and benchmark, which train and e
 	$(PYTEST) -m commands $(PYTEST_ARGS)
 
 test-parity: install  ## the deep and wide networks against PyTorch
-	$(PYTEST) -m parity
+	$(PYTEST) -m parity $(PYTEST_ARGS)
 
 test-fault: install  ## runs that are killed and resume
 	$(PYTEST) -m fault $(TWO_AT_ONCE)
