@@ -324,7 +324,7 @@ class Checkpoints:
     def arrays(self, step: int) -> dict[str, np.ndarray]:
         """Every array of the state saved at `step`, on the host, by path ("params/duc/...")."""
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        return {name: np.asarray(x) for name, x in named(self._as_saved(step, device)).items()}
+        return {name: np.asarray(x) for name, x in by_path(self._as_saved(step, device)).items()}
 
     def _as_saved(self, step: int, sharding: jax.sharding.Sharding) -> dict[str, Any]:
         like = shapes(self._metadata(step), sharding)
@@ -347,7 +347,7 @@ class Checkpoints:
 
     def _check(self, step: int, like: TrainState) -> None:
         saved, wanted = (
-            {name: f"{tuple(x.shape)} {x.dtype}" for name, x in named(tree).items()}
+            {name: f"{tuple(x.shape)} {x.dtype}" for name, x in by_path(tree).items()}
             for tree in (self._metadata(step), like)
         )
         different = [k for k in saved | wanted if saved.get(k) != wanted.get(k)]
@@ -397,7 +397,7 @@ class Checkpoints:
                 raise self._save_error(error) from error
 
 
-def named(tree: Any) -> dict[str, Any]:
+def by_path(tree: Any) -> dict[str, Any]:
     """{"params/duc/low_conv/kernel": leaf}, the same for a state and its saved metadata."""
 
     def name(key) -> str:
@@ -413,7 +413,7 @@ def checksums(state: Any) -> dict[str, int]:
     The sum modulo 2**32 of each 32-bit word times an odd number that its place determines: no
     single changed word leaves it as it was.
     """
-    return {name: int(value) for name, value in jax.device_get(_checksums(named(state))).items()}
+    return {name: int(value) for name, value in jax.device_get(_checksums(by_path(state))).items()}
 
 
 @jax.jit

@@ -122,7 +122,7 @@ def summary(scores: dict[str, Any], spec: LabelSpec) -> dict[str, Any]:
     def per_class(values) -> dict[str, float | None]:
         return {c: number(v) for c, v in zip(spec.classes, values, strict=True)}
 
-    figures = {name: scores[name] for name in HEADLINE} | metrics.named(scores, spec.name)
+    figures = {name: scores[name] for name in HEADLINE} | metrics.extra_mious(scores, spec.name)
     result = {
         "protocol": scores["protocol"],
         "images": scores["images"],
@@ -155,7 +155,7 @@ def table(scores: dict[str, Any], spec: LabelSpec) -> str:
         rows.append(f"{name:<24}{figures}{scores['pixels'][i]:>14,}")
     named = {"final_score": "Final Score"}
     figures = {named.get(name, name): scores[name] for name in HEADLINE}
-    figures |= metrics.named(scores, spec.name)
+    figures |= metrics.extra_mious(scores, spec.name)
     if edges:
         figures |= {"boundary mIoU": edges["mean_iou"], "boundary mF": edges["mean_f"]}
         rows.append(edges["widths"])
@@ -167,7 +167,9 @@ def table(scores: dict[str, Any], spec: LabelSpec) -> str:
 def scalars(scores: dict[str, Any], spec: LabelSpec) -> dict[str, float]:
     """Scores under the names that the metric writers use."""
     named = {f"val/{name}": scores[name] for name in HEADLINE}
-    named |= {f"val/{name}": value for name, value in metrics.named(scores, spec.name).items()}
+    named |= {
+        f"val/{name}": value for name, value in metrics.extra_mious(scores, spec.name).items()
+    }
     per_class = zip(spec.classes, scores["iou"], strict=True)
     return named | {f"val_iou/{name}": float(iou) for name, iou in per_class}
 
@@ -194,7 +196,7 @@ def open_run(args: Any, path: str, form: str = "") -> tuple[workdirs.Run, Record
     return run, records
 
 
-def compared(results: dict[str, dict[str, Any]]) -> str:
+def comparison_table(results: dict[str, dict[str, Any]]) -> str:
     """The headline figures of several protocols, a line each, as aligned text."""
     columns = {name: name for name in HEADLINE} | {"final_score": "Final Score"}
     rows = {name: [s[column] for column in HEADLINE] for name, s in results.items()}
@@ -251,7 +253,7 @@ def main(_) -> None:
             pictures.write_triples(folder, kept, run.spec)
             logging.info("pictures in %s", folder)
     if len(evaluators) > 1:
-        print(f"\n{compared(results)}")
+        print(f"\n{comparison_table(results)}")
     if args.json and jax.process_index() == 0:
         write_json(args, run, records, results, settings)
     if args.report:

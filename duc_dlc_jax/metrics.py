@@ -74,7 +74,7 @@ def scores(matrix: np.ndarray, absent: str = "skip") -> dict[str, Any]:
     }
 
 
-def named(scores: dict[str, Any], data_set: str) -> dict[str, float]:
+def extra_mious(scores: dict[str, Any], data_set: str) -> dict[str, float]:
     """Figures whose name says over how many classes a data set's mIoU goes.
 
     PASCAL-Context is reported over 59 classes, the background ignored, and by FastFCN and EncNet

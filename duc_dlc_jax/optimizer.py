@@ -78,7 +78,7 @@ def scale_parts(new_layers: float, multipliers: Sequence[str] = ()) -> optax.Gra
     return optax.stateless(update)
 
 
-def held(
+def guarded(
     rule: optax.GradientTransformation, read: Callable[[Any], Any] | None = None
 ) -> optax.GradientTransformationExtraArgs:
     """`rule` that keeps its state where the argument `finite` of its update, a bool, is False.
@@ -114,15 +114,15 @@ def create(config: ml_collections.ConfigDict, steps: int) -> optax.GradientTrans
     mask = _kernels if config.decay_kernels_only else None
     decay = optax.add_decayed_weights(config.weight_decay, mask)
     if config.name == "adamw":
-        rule = (held(optax.scale_by_adam(*config.adam_betas, eps=config.adam_epsilon)), decay)
+        rule = (guarded(optax.scale_by_adam(*config.adam_betas, eps=config.adam_epsilon)), decay)
     else:
-        rule = (decay, held(optax.trace(config.momentum), read=lambda state: state.trace))
+        rule = (decay, guarded(optax.trace(config.momentum), read=lambda state: state.trace))
     schedule = poly_schedule(config.learning_rate, config.power, steps, config.warmup_steps)
     chain = optax.chain(
         optax.clip_by_global_norm(config.clip_norm) if config.clip_norm > 0 else optax.identity(),
         *rule,
         scale_parts(config.new_layer_multiplier, config.multipliers),
-        held(optax.scale_by_learning_rate(schedule)),
+        guarded(optax.scale_by_learning_rate(schedule)),
     )
     return optax.with_extra_args_support(chain)
 

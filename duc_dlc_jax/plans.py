@@ -171,7 +171,7 @@ def _network(draft: _Draft, machine: Machine) -> None:
 
 def _network_of(draft: _Draft, workdir: epath.Path) -> None:
     """The network of another run, which training then starts from."""
-    trained, *_ = workdirs.described(workdir)
+    trained, *_ = workdirs.description(workdir)
     draft.put("init.checkpoint", str(workdir), GIVEN)
     draft.config.init.checkpoint = str(workdir)
     for name, value in config_lib.fields(trained.model, "model."):

@@ -120,7 +120,7 @@ def curves(path: epath.Path) -> dict[str, list[list[float]]]:
 
 def figures(scores: dict[str, Any], spec: LabelSpec) -> dict[str, float | None]:
     """Headline figures by the names that people know them by, mIoU first."""
-    named = {"mIoU": scores["mIoU"]} | metrics.named(scores, spec.name)
+    named = {"mIoU": scores["mIoU"]} | metrics.extra_mious(scores, spec.name)
     named |= {"PA": scores["PA"], "mPA": scores["mPA"], "fwIoU": scores["fwIoU"]}
     named["Final Score"] = scores["final_score"]
     if "boundary" in scores:

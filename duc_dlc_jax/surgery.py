@@ -130,7 +130,7 @@ def average(
     Raises ConfigError where there are fewer checkpoints; as `bn_statistics.estimate`.
     """
     workdirs.check_new(output, "--output")
-    config, spec, model = workdirs.described(workdir)
+    config, spec, model = workdirs.description(workdir)
     with checkpoints.Checkpoints(workdir) as saved:
         steps = saved.steps()[-last:]
         if len(steps) < last or last < 1:
@@ -175,7 +175,7 @@ def ema(workdir: epath.Path, output: epath.Path, checkpoint: str = "best") -> li
     Raises ConfigError where it kept no average.
     """
     workdirs.check_new(output, "--output")
-    config, spec, model = workdirs.described(workdir)
+    config, spec, model = workdirs.description(workdir)
     if not config.optimizer.ema_decay:
         raise ConfigError(f"{workdir} kept no average: optimizer.ema_decay is 0")
     with checkpoints.Checkpoints(workdir) as saved:

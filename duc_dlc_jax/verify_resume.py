@@ -19,7 +19,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from duc_dlc_jax import storage
-from duc_dlc_jax.checkpoints import COMPLETE, named
+from duc_dlc_jax.checkpoints import COMPLETE, by_path
 from duc_dlc_jax.errors import NotEqual
 
 
@@ -98,7 +98,7 @@ def _arrays(workdir: epath.Path, step: int) -> dict[str, np.ndarray]:
         saved = reader.metadata(path).item_metadata.tree
         as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved)
         state = reader.restore(path, ocp.args.PyTreeRestore(restore_args=as_numpy))
-    return {name: np.asarray(leaf) for name, leaf in named(state).items()}
+    return {name: np.asarray(leaf) for name, leaf in by_path(state).items()}
 
 
 def _records(workdir: epath.Path) -> dict[int, list[str]]:

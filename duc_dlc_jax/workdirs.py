@@ -125,7 +125,7 @@ def start_of(workdir: epath.Path, config: ml_collections.ConfigDict) -> ml_colle
     return began
 
 
-def described(
+def description(
     workdir: epath.Path,
 ) -> tuple[ml_collections.ConfigDict, LabelSpec, segmenter.Segmenter]:
     """Configuration, classes and network of a run.
@@ -151,7 +151,7 @@ def load(workdir: str | os.PathLike, checkpoint: str = "best") -> Run:
     Raises FileNotFoundError for a folder that is no workdir and for a checkpoint that is not there.
     """
     workdir = storage.path(workdir)
-    config, spec, model = described(workdir)
+    config, spec, model = description(workdir)
     with checkpoints.Checkpoints(workdir) as saved:
         step = saved.named_step(checkpoint)
         everywhere = sharding.replicated(sharding.make_mesh())

@@ -79,7 +79,7 @@ def arrays(workdir, step):
 
 def resumes(workdir, step):
     """`main` goes on from the workdir at this step, without a change of the configuration."""
-    config, spec, model = workdirs.described(workdir)
+    config, spec, model = workdirs.description(workdir)
     records: Any = SimpleNamespace(spec=spec)
     assert workdirs.changed_fields(workdir, config) == {}
     with Checkpoints(workdir) as saved:

@@ -37,7 +37,7 @@ def listed(runs: list[grid.Run], results: Results) -> str:
             state = f"failed, {failure}"
         else:
             state = "begun" if results.begun(run) else "to do"
-        lines.append(f"{run.name:<28}{state:<13} {grid.said(run.variant.changes)}")
+        lines.append(f"{run.name:<28}{state:<13} {grid.text_of(run.variant.changes)}")
     return "\n".join(lines)
 
 

@@ -116,7 +116,7 @@ def _grid(path: str, functions: dict[str, Any], *argument: str) -> Grid:
         comparisons = _families(functions["get_comparisons"]())
     else:
         comparisons = _families(
-            [(names[0], v.name, v.note or said(v.changes)) for v in variants[1:]]
+            [(names[0], v.name, v.note or text_of(v.changes)) for v in variants[1:]]
         )
     asked = [name for rows in comparisons.values() for row in rows for name in row[:2]]
     for name in asked:
@@ -129,7 +129,7 @@ def _grid(path: str, functions: dict[str, Any], *argument: str) -> Grid:
     return Grid(variants, comparisons, title, {name: fields[name] for name in BUDGET})
 
 
-def said(changes: Changes) -> str:
+def text_of(changes: Changes) -> str:
     """The changes in one line."""
     return " ".join(f"{name}={value}" for name, value in changes.items())
 

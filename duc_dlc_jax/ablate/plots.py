@@ -28,7 +28,7 @@ class Plot:
     draw: Callable[[Any], None]
 
 
-def listed(table: Table, results: Results) -> list[Plot]:
+def plots(table: Table, results: Results) -> list[Plot]:
     """The plots of a page; results: with the masks."""
     text = "Mean val mIoU with its 95% confidence interval against "
     found = [

@@ -21,7 +21,7 @@ from duc_dlc_jax.ablate.table import SCORES, Result, Table, code, device, host
 def write(results: Results, output: str | Path, command: str) -> None:
     """Writes the page, and its plots as PNGs into a folder beside it that is named like it."""
     table, output = Table(results.grid(), results.all()), Path(output)
-    drawn = plots.listed(table, results)
+    drawn = plots.plots(table, results)
     output.parent.mkdir(parents=True, exist_ok=True)
     try:
         plots.write(drawn, output.with_suffix(""))

@@ -43,7 +43,7 @@ def _source(name: str) -> sources.Source:
 
 
 @contextlib.contextmanager
-def listed(name: str, raw_dir: str | None) -> Iterator[tuple[Listing, LabelSpec]]:
+def listing_of(name: str, raw_dir: str | None) -> Iterator[tuple[Listing, LabelSpec]]:
     """Yields what a download holds and the label contract of its masks; files stay readable inside.
 
     Raises:
@@ -93,11 +93,11 @@ def prepare(
     if is_prepared(folder):
         print(f"{name} is already prepared in {folder}; delete that folder to prepare it again")
         if raw_dir:
-            with listed(name, raw_dir) as (listing, _):
+            with listing_of(name, raw_dir) as (listing, _):
                 _check_source(folder, f"--raw_dir={raw_dir}", images_of(source, listing))
             _note_source(folder, raw_dir)
     else:
-        with listed(name, raw_dir) as (listing, spec):
+        with listing_of(name, raw_dir) as (listing, spec):
             counts = images_of(source, listing)
             if strict:
                 _refuse(name, count_differences(source, counts))
@@ -139,7 +139,7 @@ def prepare_folders(
     return folder
 
 
-def placed(name: str, data_dir: str, make: Callable[[str], pathlib.Path]) -> None:
+def prepare_into(name: str, data_dir: str, make: Callable[[str], pathlib.Path]) -> None:
     """Has `make` prepare into data_dir; for an object store into the user's cache, and uploads it.
 
     Raises as `make`; ConfigError for a store or a folder that cannot be used.
@@ -298,7 +298,7 @@ def main(argv: list[str]) -> None:
         print("\n".join([*found.lines(), ""]))
         return prepare_folders(found, data_dir, args.encoding)
 
-    placed(args.dataset, args.data_dir, make)
+    prepare_into(args.dataset, args.data_dir, make)
 
 
 if __name__ == "__main__":

@@ -144,9 +144,9 @@ def verify_download(name: str, raw_dir: str | None) -> Report:
 
     Raises:
       ConfigError: unknown data set.
-      DataError: the files are not there, or images and masks do not pair; see `prepare.listed`.
+      DataError: the files are not there, or images and masks do not pair; see `prepare.listing_of`.
     """
-    with prepare.listed(name, raw_dir) as (listing, spec):
+    with prepare.listing_of(name, raw_dir) as (listing, spec):
         report = Report(name, raw_dir or "memory", spec)
         counts = prepare.images_of(sources.SOURCES[name], listing)
         for split, items in listing.splits.items():

@@ -126,4 +126,4 @@ def load(
             f"({', '.join(sorted(missing)[:3])}), {len(unexpected)} are unexpected "
             f"({', '.join(sorted(unexpected)[:3])})"
         )
-    return pretrained.placed(path, tensors, layout, wanted, pretrained.SOURCES["torchvision"])
+    return pretrained.as_variables(path, tensors, layout, wanted, pretrained.SOURCES["torchvision"])

@@ -137,7 +137,7 @@ def load_backbone(
     if report.missing:
         raise ConfigError(_missing_message(report, layout, model_config))
 
-    tree = placed(path, tensors, layout, wanted, SOURCES[name])
+    tree = as_variables(path, tensors, layout, wanted, SOURCES[name])
     return (
         {**params, "backbone": tree["params"]},
         {**batch_stats, "backbone": tree["batch_stats"]},
@@ -148,7 +148,7 @@ def load_backbone(
 Wanted = dict[str, tuple[tuple[str, ...], Any]]  # name -> (path in {params, batch_stats}, array)
 
 
-def placed(
+def as_variables(
     path: str | Path,
     tensors: dict[str, np.ndarray],
     layout: Layout,
