@@ -8,11 +8,12 @@ step.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import shlex
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -98,82 +99,100 @@ def train(
         step = make_train_step(model, optimizer, config, records.pixels())
         train_step = sharding.jit_train_step(step, mesh)
         evaluation = _Evaluation(config, model, val_records, writer, workdir, stop)
-        spent = stack.enter_context(contextlib.closing(Goodput(workdir, int(state.step))))
+        goodput = stack.enter_context(contextlib.closing(Goodput(workdir, int(state.step))))
         trace = stack.enter_context(contextlib.closing(profiling.Trace(config.profile)))
         loop = _Loop(
-            config, steps, train_step, evaluation, saved, writer, stop, spent, trace, records.name
+            config=config,
+            steps=steps,
+            train_step=train_step,
+            evaluation=evaluation,
+            saved=saved,
+            writer=writer,
+            stop=stop,
+            goodput=goodput,
+            trace=trace,
+            figures=writers.StepFigures(config.train.batch_size, records.name),
+            progress=Progress(steps, "step", quiet=jax.process_index() != 0),
+            first=int(state.step),
+            position=position,
         )
-        scores = loop.run(state, batches, position)
+        scores = loop.run(state, batches)
         if jax.process_index() == 0:
             print(f"{evaluate.table(scores, spec)}\n{_next_commands(workdir, saved)}")
-            print(f"goodput          {spent.sentence(steps)}")
+            print(f"goodput          {goodput.sentence(steps)}")
     return scores
 
 
+@dataclasses.dataclass(kw_only=True)
 class _Loop:
-    """The training steps and what is done between them."""
+    """The training steps and what is done between them.
 
-    def __init__(
-        self, config, steps, train_step, evaluation, saved, writer, stop, spent, trace, name
-    ):
-        """spent: a Goodput; trace: a Trace; name: of a training record, by its index."""
-        self._config, self._steps, self._train_step = config, steps, train_step
-        self._evaluation, self._saved, self._writer = evaluation, saved, writer
-        self._stop, self._goodput, self._trace = stop, spent, trace
-        self._figures = writers.StepFigures(config.train.batch_size, name)
-        self._progress = Progress(steps, "step", quiet=jax.process_index() != 0)
-        self._scores: dict[str, Any] = {}
+    first: updates done when it begins, in `position` training images, also of another batch size.
+    """
 
-    def run(self, state: TrainState, batches: Iterator, position: int) -> dict[str, Any]:
-        """From the state's step on; returns the scores of the last evaluation.
+    config: ml_collections.ConfigDict
+    steps: int
+    train_step: Callable
+    evaluation: _Evaluation
+    saved: checkpoints.Checkpoints
+    writer: writers.Writer
+    stop: StopSignal
+    goodput: Goodput
+    trace: profiling.Trace
+    figures: writers.StepFigures
+    progress: Progress
+    first: int
+    position: int
+    scores: dict[str, Any] = dataclasses.field(default_factory=dict)  # of the last evaluation
 
-        position: training images consumed so far, also in batches of another size. Raises Stopped
-        after SIGTERM or SIGINT, with the state saved.
+    def run(self, state: TrainState, batches: Iterator) -> dict[str, Any]:
+        """From `first` on; returns the scores of the last evaluation.
+
+        Raises Stopped after SIGTERM or SIGINT, with the state saved.
         """
-        first, seed = int(state.step), np.uint32(self._config.seed)
-        self._first, self._position = first, position
-        self._goodput.started()
-        if first and self._evaluating(first) and not self._saved.has_scores(first):
+        first, seed = self.first, np.uint32(self.config.seed)
+        self.goodput.started()
+        if first and self._evaluating(first) and not self.saved.has_scores(first):
             self._keep(state, first, evaluating=True)  # a signal had come during it
-        for step in range(first + 1, self._steps + 1):
-            self._trace.before(step - first - 1)
-            with self._figures.waiting(), self._goodput.spent("data"):
+        for step in range(first + 1, self.steps + 1):
+            self.trace.before(step - first - 1)
+            with self.figures.waiting(), self.goodput.spent("data"):
                 batch, records = next(batches)
             compiling = contextlib.nullcontext()
             if step == first + 1:
-                compiling = self._goodput.spent("compile")
+                compiling = self.goodput.spent("compile")
             with compiling:
-                state, metrics = self._train_step(state, batch, seed)
-            self._trace.after(step - first - 1, state)
-            self._figures.add(metrics, records)
+                state, metrics = self.train_step(state, batch, seed)
+            self.trace.after(step - first - 1, state)
+            self.figures.add(metrics, records)
             self._log(step)
-            stopping = self._stop.reached()
+            stopping = self.stop.reached()
             evaluating = self._evaluating(step)
-            if evaluating or stopping or step % self._config.train.checkpoint_every == 0:
+            if evaluating or stopping or step % self.config.train.checkpoint_every == 0:
                 start = time.monotonic()
-                self._figures.check_finite(step)
+                self.figures.check_finite(step)
                 self._keep(state, step, evaluating, stopping)
-                self._progress.pause(time.monotonic() - start)
-                self._figures.restart()
-        self._saved.wait()
-        return self._scores or self._evaluation(state)  # a finished run only evaluates
+                self.progress.pause(time.monotonic() - start)
+                self.figures.restart()
+        self.saved.wait()
+        return self.scores or self.evaluation(state)  # a finished run only evaluates
 
     def _evaluating(self, step: int) -> bool:
-        every = self._config.train.eval_every
-        return step == self._steps or bool(every and step % every == 0)
+        every = self.config.train.eval_every
+        return step == self.steps or bool(every and step % every == 0)
 
     def _log(self, step: int) -> None:
-        log = step == self._steps or step % self._config.train.log_every == 0
+        log = step == self.steps or step % self.config.train.log_every == 0
         if log:
-            values = self._figures.take(step) | {"learning_rate": self._learning_rate(step)}
+            values = self.figures.take(step) | {"learning_rate": self._learning_rate(step)}
             values = {f"train/{name}": value for name, value in values.items()}
-            self._writer.scalars(step, values | self._goodput.line(step))
-        self._progress.show(step, self._figures.text, log)
+            self.writer.scalars(step, values | self.goodput.line(step))
+        self.progress.show(step, self.figures.text, log)
 
     def _learning_rate(self, step: int) -> float:
-        optimizer = self._config.optimizer
+        optimizer = self.config.optimizer
         schedule = optimizers.poly_schedule(
-            optimizer.learning_rate, optimizer.power, self._steps, optimizer.warmup_steps
+            optimizer.learning_rate, optimizer.power, self.steps, optimizer.warmup_steps
         )
         return float(np.asarray(schedule(step - 1)))
 
@@ -185,24 +204,24 @@ class _Loop:
         headline = None
         if evaluating and not stopping:
             try:
-                with self._goodput.spent("evaluation"):
-                    self._scores = self._evaluation(state)
-                headline = {name: self._scores[name] for name in evaluate.HEADLINE}
+                with self.goodput.spent("evaluation"):
+                    self.scores = self.evaluation(state)
+                headline = {name: self.scores[name] for name in evaluate.HEADLINE}
                 figures = "  ".join(f"{name} {value:.4f}" for name, value in headline.items())
-                self._progress.say(f"step {step}: {figures}")
+                self.progress.say(f"step {step}: {figures}")
             except Stopped:
                 stopping = True
-        with self._goodput.spent("checkpoint"):
-            size = self._config.train.batch_size
-            position = self._position + (step - self._first) * size
-            self._writer.flush()  # a resumed run finds the lines up to its step
-            self._saved.save(state, position, self._config, headline)
+        with self.goodput.spent("checkpoint"):
+            size = self.config.train.batch_size
+            position = self.position + (step - self.first) * size
+            self.writer.flush()  # a resumed run finds the lines up to its step
+            self.saved.save(state, position, self.config, headline)
             if stopping:
-                self._saved.wait()
-        self._goodput.line(step)
+                self.saved.wait()
+        self.goodput.line(step)
         if stopping:
             raise Stopped(
-                f"stopped by {self._stop.signal}; step {step} is saved, the same command goes on"
+                f"stopped by {self.stop.signal}; step {step} is saved, the same command goes on"
             )
 
 
