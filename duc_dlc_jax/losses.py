@@ -155,8 +155,15 @@ def loss_and_accuracy(
     with `ohem_threshold`, by which the pixels that count are those of the whole batch.
     """
     classes = logits.shape[-1]
-    how = table_of(chosen, classes), grid, stride, rounded, shards
-    scores: Any = pixel_scores(logits, labels, *how)
+    scores: Any = pixel_scores(
+        logits,
+        labels,
+        table=table_of(chosen, classes),
+        grid=grid,
+        stride=stride,
+        rounded=rounded,
+        shards=shards,
+    )
     total, divisor = sums(scores, labels, chosen, classes)
     if of is not None:
         divisor = jnp.where(of != IGNORE, pixel_weights(of, chosen, total.dtype), 0).sum()

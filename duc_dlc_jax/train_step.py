@@ -120,8 +120,16 @@ def make_train_step(
     parts = config.train.accumulate
 
     def mean_over(logits, labels, stride, of):
-        how = chosen, model.resize_grid, stride, model.dtype, config.mesh.space, of
-        return losses.loss_and_accuracy(logits, labels, *how)
+        return losses.loss_and_accuracy(
+            logits,
+            labels,
+            chosen,
+            grid=model.resize_grid,
+            stride=stride,
+            rounded=model.dtype,
+            shards=config.mesh.space,
+            of=of,
+        )
 
     def loss_fn(params, batch_stats, network, batch, key, of=None):
         output: Any = network.apply(
@@ -147,8 +155,9 @@ def make_train_step(
         once = model.clone(bn_momentum=0.0)  # whose new statistics are the part's own
 
         def of_part(part, key):
-            how = state.batch_stats, once, part, key, batch["label"]
-            (loss, (batch_stats, accuracy)), grads = gradient(state.params, *how)
+            (loss, (batch_stats, accuracy)), grads = gradient(
+                state.params, state.batch_stats, once, part, key, of=batch["label"]
+            )
             return (loss, accuracy, grads), batch_stats
 
         (loss, accuracy, grads), found = accumulation.summed(of_part, batch, key, parts)
@@ -164,8 +173,9 @@ def make_train_step(
         if parts > 1:
             (loss, (batch_stats, accuracy)), grads = accumulated(state, batch, key)
         else:
-            how = state.batch_stats, model, batch, key
-            (loss, (batch_stats, accuracy)), grads = gradient(state.params, *how)
+            (loss, (batch_stats, accuracy)), grads = gradient(
+                state.params, state.batch_stats, model, batch, key
+            )
         with jax.named_scope("optimizer"):
             norm = optax.tree.norm(grads)
             finite = jnp.isfinite(loss) & jnp.isfinite(norm)

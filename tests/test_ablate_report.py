@@ -240,7 +240,7 @@ def test_the_committed_pages_are_what_their_commands_write(name):
     config = re.search(r"--config=(\S+)", command).group(1)
     assert found.grid() == grid.load(str(ROOT / config)), f"run {command}"
     table = report.Table(found.grid(), found.all())
-    drawn = plots.listed(table, found)
+    drawn = plots.plots(table, found)
     assert written == report.page(table, found, command, name, drawn), f"run {command}"
     assert all((home / name / plot.name).exists() for plot in drawn)
 

@@ -263,6 +263,7 @@ def test_padding_changes_nothing_on_the_way_to_the_label(upsampling, context, gr
     np.testing.assert_allclose(logits[0, : size[0], : size[1]], expected, rtol=0, atol=1e-10)
 
 
+@pytest.mark.parity
 @pytest.mark.parametrize(("upsampling", "context"), COMBINATIONS)
 def test_a_training_step_moves_every_parameter(upsampling, context):
     changes = {f"model__{k}": v for k, v in SMALL.items()}

@@ -18,7 +18,7 @@ from duc_dlc_jax import config as configuration
 from duc_dlc_jax.data import builders, codec, pipeline
 from duc_dlc_jax.data.builders import files, scenes, sources
 from duc_dlc_jax.data.labels import IGNORE, DataError, LabelSpec, label_spec
-from duc_dlc_jax.data.prepare import count_differences, listed, prepare
+from duc_dlc_jax.data.prepare import count_differences, listing_of, prepare
 from duc_dlc_jax.data.records import open_records
 from layouts import LAYOUTS, H, W, mask, picture, write
 from runs import run
@@ -140,7 +140,7 @@ def test_unofficial_counts_are_listed_and_refused_under_strict(tmp_path):
 
 
 def items(name, root):
-    with listed(name, str(root)) as (listing, _):
+    with listing_of(name, str(root)) as (listing, _):
         return listing.splits
 
 
@@ -372,29 +372,37 @@ def test_real_ade20k_masks_follow_the_contract():
             assert raw[y, x] == train + 1
 
 
-@pytest.mark.parametrize("name", ["camvid", "cityscapes", "ade20k", "pascal_context"])
-def test_each_layout_reaches_a_training_step(name, tmp_path):
-    """From the official layout to a loss of every class that is not ignored, and new parameters."""
-    pytest.importorskip("tensorflow", reason="preparing records needs TensorFlow")
-    import jax
-
+@pytest.fixture(scope="module")
+def narrow_step():
+    """State and step of a network with as many classes as any of the data sets has."""
     from duc_dlc_jax import optimizer, train_step
     from duc_dlc_jax.models import segmenter
     from networks import NARROW, jit, random_variables
+
+    config = configuration.default()
+    config.model.update(NARROW | {"upsampling": "bilinear", "context": "none"})
+    model = segmenter.create(config.model, label_spec("ade20k").num_classes)
+    rule = optimizer.create(config.optimizer, 1)
+    state = train_step.create_state(model, rule, config, random_variables(model))
+    return state, jit(train_step.make_train_step(model, rule, config))
+
+
+@pytest.mark.parametrize("name", ["camvid", "cityscapes", "ade20k", "pascal_context"])
+def test_each_layout_reaches_a_training_step(name, tmp_path, narrow_step):
+    """From the official layout to a loss of every class that is not ignored, and new parameters."""
+    pytest.importorskip("tensorflow", reason="preparing records needs TensorFlow")
+    import jax
 
     LAYOUTS[name][0](tmp_path / "raw")
     prepare(name, str(tmp_path / "raw"), tmp_path / "data")
     config = configuration.default()
     config.data.update({"name": name, "dir": str(tmp_path / "data"), "crop_size": 32})
     config.data.update({"base_size": 32, "class_uniform_share": 1.0})
-    config.model.update(NARROW | {"upsampling": "bilinear", "context": "none"})
     records = open_records(config.data, "train")
     batch = next(pipeline.train_iterator(config.data, records, seed=0, batch_size=2, steps=1))
     labels = {name: batch[name] for name in ("image", "label")}
-    model = segmenter.create(config.model, records.spec.num_classes)
-    rule = optimizer.create(config.optimizer, 1)
-    state = train_step.create_state(model, rule, config, random_variables(model))
-    new, metrics = jit(train_step.make_train_step(model, rule, config))(state, labels, 0)
+    state, step = narrow_step
+    new, metrics = step(state, labels, 0)
     assert (batch["label"] != IGNORE).any()
     assert 0 < float(metrics["loss"]) < 50
     moved = jax.tree.map(lambda a, b: bool((a != b).any()), state.params, new.params)

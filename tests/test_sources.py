@@ -15,7 +15,7 @@ from duc_dlc_jax.data import codec
 from duc_dlc_jax.data.builders import files, sources
 from duc_dlc_jax.data.builders.examples import read_label
 from duc_dlc_jax.data.labels import IGNORE, DataError, label_spec
-from duc_dlc_jax.data.prepare import count_differences, listed
+from duc_dlc_jax.data.prepare import count_differences, listing_of
 from layouts import LAYOUTS, H, W, mask, picture, write
 
 SHARED = os.environ.get("DUC_DLC_SHARED_DATA", "")
@@ -23,7 +23,7 @@ SHARED = os.environ.get("DUC_DLC_SHARED_DATA", "")
 
 def train_ids(name, root, split="train"):
     """The masks' kind, and the train ids of each item of a split by name."""
-    with listed(name, str(root)) as (listing, spec):
+    with listing_of(name, str(root)) as (listing, spec):
         found = {
             item.name: sorted(set(read_label(item, spec, (H, W)).ravel().tolist()))
             for item in listing.splits[split]
@@ -169,7 +169,7 @@ def test_cityscapes_with_train_ids_and_coarse_labels(tmp_path):
 def test_ade20k_test_images_have_no_labels(tmp_path):
     LAYOUTS["ade20k"][0](tmp_path)
     write(tmp_path / "release_test/testing/ADE_test_00000001.jpg", picture())
-    with listed("ade20k", str(tmp_path)) as (listing, _):
+    with listing_of("ade20k", str(tmp_path)) as (listing, _):
         (item,) = listing.splits["test"]
     assert (item.name, item.label) == ("ADE_test_00000001", None)
 

@@ -165,8 +165,7 @@ def loss_functions(classes: int, batch: int, side: int) -> tuple[dict[str, Calla
         return (jax.nn.logsumexp(x, -1) - target.sum(-1)).mean()
 
     def slabs(way, rounded, logits, labels):
-        how = (), "corners", 8, rounded, 1, way
-        scores: Any = pixel_scores.pixel_scores(logits, labels, *how)
+        scores: Any = pixel_scores.pixel_scores(logits, labels, stride=8, rounded=rounded, way=way)
         return losses.mean(*losses.sums(scores, labels))
 
     named = {"whole": whole} | {

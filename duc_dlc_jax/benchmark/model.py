@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import resource
 import statistics
 import time
@@ -73,10 +74,16 @@ class Work:
         layers = floor.executed(self.model, *size)
         itemsize = np.dtype(self.model.dtype).itemsize
         devices = self.mesh.size if training else 1
-        how = images // devices, itemsize, self.ceilings, training
         norms = floor.with_norm(layers, self.variables["batch_stats"])
-        least = floor.seconds(layers, norms, *how)
-        folded = sum(floor.seconds(layers, (), *how).values())
+        floor_of = functools.partial(
+            floor.seconds,
+            layers,
+            batch=images // devices,
+            itemsize=itemsize,
+            ceilings=self.ceilings,
+            training=training,
+        )
+        least, folded = floor_of(norms), sum(floor_of(()).values())
         return {
             "batch_size": images,
             "image": list(size),

@@ -105,8 +105,7 @@ class Conv(nn.Module):
         x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
         if self.valid_sizes is not None and self.kernel > 1:
             x = zero_beyond(x, self.valid_sizes(x.shape[1:3]))
-        how: Any = (self.stride, self.dilation, self.groups)
-        y: Any = convolve(x, kernel, *how)
+        y: Any = convolve(x, kernel, self.stride, self.dilation, self.groups)
         if bias is not None:
             y = y + bias.astype(self.dtype)[None, None, None]
         return y
