@@ -89,8 +89,8 @@ def diff(
 ) -> list[str]:
     """Lines about everything in which two checkpoints differ; none where they are equal.
 
-    The step and the rule's memory count too; fields of the configuration and classes are compared
-    as they stand beside the checkpoints.
+    The step and the optimizer's state count too; fields of the configuration and classes are
+    compared as they stand beside the checkpoints.
     """
     first, second = (
         workdirs.load(*pair) for pair in ((workdir, checkpoint), (other, other_checkpoint))
@@ -125,7 +125,7 @@ def average(
     """Writes the mean of the last checkpoints' parameters; returns what was done, as lines.
 
     how: of the BN statistics: "estimate" over `batches` training batches, "average" of those of the
-    checkpoints. The step, the images consumed and the rule's memory are the latest's.
+    checkpoints. The step, the images consumed and the optimizer's state are the latest's.
 
     Raises ConfigError where there are fewer checkpoints; as `bn_statistics.estimate`.
     """
