@@ -58,7 +58,7 @@ def export(run: workdirs.Run, output: Path, options: manifest.Options, images: s
         if "stablehlo" in options.formats:
             content["gate"]["stablehlo_platform"] = gate.platform()
         bundles.write(paths[0], content)
-        gate.verify(paths[0])  # what was written, and a batch of 1
+        gate.verify(paths[0], count=1)  # what was written, and a batch of 1
         shutil.move(paths[0], output)
     return content
 
