@@ -224,7 +224,8 @@ def verify(path: str | Path, count: int | None = None) -> dict[str, list[dict[st
     """
     bundles.check_sums(path)
     bundle = bundles.read(path)
-    images, expected = (kept[:count] for kept in read_check(bundle.path))
+    images, expected = read_check(bundle.path)
+    images, expected = images[:count], expected[:count]
     tolerance = bundle.manifest["gate"]["tolerance"]
     figures = {}
     for form in bundle.formats:
