@@ -30,7 +30,7 @@ from duc_dlc_jax import optimizer as optimizers
 from duc_dlc_jax.data.labels import IGNORE
 from duc_dlc_jax.data.records import find_spec
 from duc_dlc_jax.models import segmenter
-from duc_dlc_jax.train_step import create_state, make_train_step
+from duc_dlc_jax.train_step import make_train_step, state_shapes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,8 +99,7 @@ def lowered_step(config: ml_collections.ConfigDict, classes: int, mesh: Mesh) ->
         return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
 
     everywhere = sharding.replicated(mesh)
-    state = jax.eval_shape(lambda: create_state(model, optimizer, config))
-    state = sharding.shapes(state, everywhere)
+    state = sharding.shapes(state_shapes(model, config), everywhere)
     # Labels are uint8 in records; a byte more is for class counts that no data set has.
     label = jnp.uint8 if classes <= IGNORE else jnp.uint16
     data = {"image": struct((batch, *size, 3), jnp.uint8), "label": struct((batch, *size), label)}

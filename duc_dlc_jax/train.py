@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import shlex
@@ -47,7 +48,7 @@ from duc_dlc_jax.goodput import Goodput
 from duc_dlc_jax.models import segmenter
 from duc_dlc_jax.progress import Progress
 from duc_dlc_jax.stopping import StopSignal
-from duc_dlc_jax.train_step import TrainState, first_state, make_train_step
+from duc_dlc_jax.train_step import TrainState, first_state, make_train_step, state_shapes
 
 
 def train(
@@ -240,20 +241,18 @@ def _with_names(batches, records, workdir: epath.Path, step: int):
 def _first_state(config, workdir, model, saved, mesh, records) -> tuple[TrainState, int]:
     """The latest checkpoint's state, or a new one; and the images consumed so far."""
 
-    def fresh(variables=None):
-        return first_state(model, config, variables)
-
     everywhere = sharding.replicated(mesh)
     if saved.latest_step() is not None:
         workdirs.check_classes(workdir, records.spec)
         for name, (old, new) in workdirs.changed_fields(workdir, config).items():
             logging.warning("resuming with %s=%r; the workdir was trained with %r", name, new, old)
-    if restored := saved.restore_latest(sharding.shapes(jax.eval_shape(fresh), everywhere)):
+    if restored := saved.restore_latest(sharding.shapes(state_shapes(model, config), everywhere)):
         check_position(restored[1], config.train.batch_size)
         logging.info("resuming from step %d in %s", int(restored[0].step), saved.directory)
         return restored
     variables = initial.variables(model, config, records)
-    return jax.jit(fresh, out_shardings=everywhere)(variables), 0
+    create = functools.partial(first_state, model, config)
+    return jax.jit(create, out_shardings=everywhere)(variables), 0
 
 
 class _Evaluation:

@@ -40,7 +40,7 @@ from duc_dlc_jax.data.records import open_records
 from duc_dlc_jax.errors import NotFinite
 from duc_dlc_jax.models import counts, segmenter
 from duc_dlc_jax.progress import Progress
-from duc_dlc_jax.train_step import TrainState, create_state, make_train_step
+from duc_dlc_jax.train_step import TrainState, create_state, make_train_step, state_shapes
 
 TIMED_STEPS = 10  # of a batch that stays on the device
 TIMED_IMAGES = 16
@@ -213,15 +213,14 @@ class Trainer:
 
     def _start(self, config, saved) -> tuple[TrainState, int, Course]:
         """State, steps done and course of the last checkpoint, or of a run's beginning."""
-        variables = initial.variables(self._model, config, self._data.train)
-        like = sharding.shapes(
-            jax.eval_shape(self._create, variables), sharding.replicated(self._mesh)
-        )
+        everywhere = sharding.replicated(self._mesh)
+        like = sharding.shapes(state_shapes(self._model, config), everywhere)
         if saved and (restored := saved.restore_latest(like)):
             step = int(restored[0].step)
             logging.info("going on from step %d in %s", step, saved.directory)
             return restored[0], step, Course(**saved.notes(step))
         digest = weights_digest(config.init.weights, config.init.source)
+        variables = initial.variables(self._model, config, self._data.train)
         return self._create(variables), 0, Course(weights=digest)
 
     def _compile(self, state, batch, seed) -> None:

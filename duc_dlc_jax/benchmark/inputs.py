@@ -24,7 +24,6 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from importlib import metadata
 from typing import Any
 
 import cv2
@@ -224,8 +223,8 @@ def machine() -> dict[str, Any]:
     """What figures hold for: processor, cores, load over the last minute, versions."""
     versions = {"python": platform.python_version()}
     for name in ("numpy", "opencv-python-headless", "pillow", "grain", "array-record", "torch"):
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            versions[name] = metadata.version(name)
+        if version := provenance.version(name):
+            versions[name] = version
     load = round(os.getloadavg()[0], 2)
     cpu, cores = provenance.cpu(), os.cpu_count()
     return {"cpu": cpu, "cores": cores, "load_average": load, "versions": versions}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import json
 import platform
 from pathlib import Path
@@ -13,7 +12,7 @@ import jax.numpy as jnp
 
 import duc_dlc_jax
 from duc_dlc_jax import config as config_lib
-from duc_dlc_jax import protocols, storage, workdirs
+from duc_dlc_jax import protocols, provenance, storage, workdirs
 from duc_dlc_jax.config import ConfigError
 from duc_dlc_jax.export import bundle as bundles
 from duc_dlc_jax.export import stablehlo
@@ -52,7 +51,7 @@ class Options:
                 "--dtype=bfloat16 with --format=onnx: ONNX Runtime has no bfloat16 convolution on "
                 "CPUs, so its answers could not be checked. Use float16, or --format=stablehlo"
             )
-        missing = [name for name in ("onnx", "onnxruntime") if not _version(name)]
+        missing = [name for name in ("onnx", "onnxruntime") if not provenance.version(name)]
         if missing:
             raise ConfigError(
                 f"--format=onnx needs {' and '.join(missing)}: pip install 'duc-dlc-jax[export]'; "
@@ -102,18 +101,11 @@ def describe(run: workdirs.Run, options: Options) -> dict[str, Any]:
         "versions": {
             name: version
             for name in ("jax", "jaxlib", "flax", "numpy", "onnx", "onnxruntime")
-            if (version := _version(name))
+            if (version := provenance.version(name))
         }
         | {"duc-dlc-jax": duc_dlc_jax.__version__, "python": platform.python_version()},
         "gate": {"reference": "the network as trained, float32, products in highest precision"},
     }
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return ""
 
 
 def _evaluation(run: workdirs.Run) -> dict[str, Any] | None:
