@@ -110,8 +110,8 @@ def load_backbone(
     """Replaces the backbone's parameters and running statistics with those of a file.
 
     Args:
-      path: .npz, .safetensors or .pth, convolutions OIHW, in any floating dtype; or a name of
-        `weights.TABLE`, which is downloaded.
+      path: a file that `tensor_files` reads, convolutions OIHW, in any floating dtype; or a name
+        of `weights.TABLE`, which is downloaded.
       source: a key of `SOURCES`; empty = the one that the layout of names suggests, with a warning.
       params: the `params` collection of `Segmenter` (its `backbone` entry is replaced in a copy).
       batch_stats: its `batch_stats` collection, likewise.
