@@ -60,6 +60,7 @@ SOURCES = {
         "Hugging Face's ResNets with downsample_in_bottleneck=False", "Apache-2.0"
     ),
     "pytorch_encoding": Source("PyTorch-Encoding and FastFCN", "MIT"),
+    "openmmlab": Source("OpenMMLab's ResNets and ResNetV1c of style pytorch", "Apache-2.0"),
     "keras_v1": Source(
         "Keras ResNet v1 converted to torchvision names, RGB", "MIT", stride_on="1x1"
     ),
