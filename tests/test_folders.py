@@ -526,6 +526,12 @@ def test_folders_of_splits(two):
     found = two.inspect()
     assert found.counts == {"train": 2, "val": 1, "test": 1}
     assert found.items()["test"][0].label is None
+    assert not any(line.startswith("Absent") for line in found.lines())
+    two.add("training/c", ids(0, 1, 2))
+    lines = two.inspect().lines()
+    assert [line for line in lines if line.startswith("Absent")] == [
+        "Absent    1 of the classes in val, not scored: class_2"
+    ]
     two.add("b", ids(0, 1))
     with pytest.raises(DataError, match=r"lies in a folder of a split, .*b\.jpg does not"):
         two.inspect()
