@@ -30,6 +30,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import cv2
+import jax
 import numpy as np
 from absl import flags
 from etils import epath
@@ -241,9 +242,9 @@ def at_once(found: list[Input], sizes: list[tuple[int, int]], most: int) -> int:
 
     sizes: (height, width) of those that can be read. Where there are several most batches would
     be filled up, in memory and time too, and with more pixels than `PIXELS_AT_ONCE` an image that
-    fits alone might not.
+    fits alone might not. On a CPU one by one is faster.
     """
-    if len(set(sizes)) != 1:
+    if len(set(sizes)) != 1 or jax.default_backend() == "cpu":
         return 1
     count = sum(_frames(source) if source.is_video else 1 for source in found)
     most = min(most, PIXELS_AT_ONCE // math.prod(sizes[0]))

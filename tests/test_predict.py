@@ -256,8 +256,10 @@ def test_the_command_hands_its_flags_on(tmp_path, command):
 
 
 def test_inputs_of_one_size_share_batches(tmp_path, command, monkeypatch):
-    """Up to the configuration's four at once, in batches alike; a video counts its frames."""
+    """On accelerators up to the configuration's four at once; a video counts its frames."""
     write_images(tmp_path / "in", **{f"i{i}": (48, 64) for i in range(3)})
+    assert command() == 1
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert command() == 3
     write_video(tmp_path / "in" / "drive.avi", [np.zeros((48, 64, 3), np.uint8)] * 2)
     assert command() == 3  # 5 are 3 and 2
