@@ -24,7 +24,7 @@ CHOICES = {
     "data.flip": ("left_right", "up_down", "none"),
     "data.bad_records": ("error", "mask"),
     "model.depth": (14, 26, 50, 101, 152, 269),
-    "model.stem": ("plain", "deep"),
+    "model.stem": ("plain", "deep", "narrow"),
     "model.stride_on": ("3x3", "1x1"),
     "model.output_stride": (32, 16, 8),
     "model.resize_grid": ("corners", "stride", "half_pixel"),
@@ -121,7 +121,7 @@ def default() -> ml_collections.ConfigDict:
     c.model = ml_collections.ConfigDict()
     c.model.depth = 50  # 50, 101, 152, 269; 14 and 26 are small variants for tests and the demo
     c.model.width = 64  # channels of the stem; the stages have 4, 8, 16, 32 times as many
-    c.model.stem = "plain"  # plain: 7x7; deep: three 3x3 (64, 64, 128) [I]
+    c.model.stem = "plain"  # plain: 7x7; three 3x3: deep (64, 64, 128) [I], narrow (32, 32, 64)
     c.model.stride_on = "3x3"  # which convolution of a stage's first block strides: 3x3 or 1x1
     c.model.output_stride = 32  # 32, 16 or 8 [I]
     c.model.resize_grid = "corners"  # corners (align_corners=True [C]), stride or half_pixel [I]

@@ -77,7 +77,14 @@ class Request:
         path = folders.find_classes(Path(self.labels), self.classes)
         if path or Path(self.labels).is_dir():
             entries = classes.read_classes(path) if path else []
-            record["classes"] = [dataclasses.asdict(entry) for entry in entries]
+            record["classes"] = [
+                {
+                    key: value
+                    for key, value in dataclasses.asdict(entry).items()
+                    if value is not None
+                }
+                for entry in entries
+            ]
         return json.loads(json.dumps(record))
 
 
@@ -263,7 +270,7 @@ if __name__ == "__main__":
     flags.DEFINE_string("images", None, "Folder of images, PNG or JPEG.", required=True)
     flags.DEFINE_string("labels", None, "Folder of their masks, PNG.", required=True)
     flags.DEFINE_string("workdir", None, "Plan, records and all of the run go here.", required=True)
-    flags.DEFINE_string("classes", None, "JSON file of classes; see docs/own_images.md.")
+    flags.DEFINE_string("classes", None, "File of classes, JSON or .txt; see docs/own_images.md.")
     flags.DEFINE_string("weights", "", "Backbone weights: a name or a file; docs/conversion.md.")
     flags.DEFINE_string("source", "", "Where the weights are from; docs/conversion.md.")
     flags.DEFINE_string("name", "", "Of the data set; by default that of the workdir.")

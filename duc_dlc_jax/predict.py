@@ -23,12 +23,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 import sys
 import time
 from collections.abc import Iterator
 from typing import Any
 
 import cv2
+import jax
 import numpy as np
 from absl import flags
 from etils import epath
@@ -46,7 +48,9 @@ from duc_dlc_jax.labelling import BundlePredictor, Examples, Predictor, make_pre
 OUTPUTS = ("ids", "colour", "overlay", "shares", "legend")
 OF_VIDEOS = ("overlay", "shares", "legend")  # unless --outputs names others
 LEGEND_WIDTH = 800  # pixels
+PIXELS_AT_ONCE = 1024 * 2048  # of images in one batch, unless --set=batch_size says more
 AHEAD = 8  # frames of a video that are decoded in advance
+NO_MEMORY = ("RESOURCE_EXHAUSTED", "Failed to allocate memory", "bad_alloc")  # JAX, ONNX Runtime
 TOO_LARGE = (
     "needs more memory than there is: try --protocol=sliding, or fewer at once with "
     "--set=batch_size=1, or shrink it"
@@ -98,22 +102,31 @@ class Writer:
 
 
 class FrameWriter:
-    """Writes the frames of one video in their order: videos of pictures, ids as a PNG each."""
+    """Writes the frames of one video in their order: videos of pictures, ids as a PNG each.
+
+    Files are begun with the first frame: of a video that cannot be labelled there are none.
+    """
 
     def __init__(self, writer: Writer, name: str, video: Video):
-        self._writer, self._videos = writer, {}
-        height, width = video.size
-        for kind in writer.pictures:
-            (writer.folder / kind).mkdir(parents=True, exist_ok=True)
+        self._writer, self._name, self._video = writer, name, video
+        self._videos: dict[str, cv2.VideoWriter] = {}
+
+    def _begin(self) -> None:
+        height, width = self._video.size
+        for kind in self._writer.pictures:
+            folder = self._writer.folder / kind
+            folder.mkdir(parents=True, exist_ok=True)
             if kind == "ids":
-                (writer.folder / kind / name).mkdir(exist_ok=True)
+                (folder / self._name).mkdir(exist_ok=True)
                 continue
-            path, code = writer.folder / kind / f"{name}.mp4", cv2.VideoWriter.fourcc(*"mp4v")
-            self._videos[kind] = cv2.VideoWriter(str(path), code, video.rate, (width, height))
+            path, code = folder / f"{self._name}.mp4", cv2.VideoWriter.fourcc(*"mp4v")
+            self._videos[kind] = cv2.VideoWriter(str(path), code, self._video.rate, (width, height))
             if not self._videos[kind].isOpened():
                 raise OSError(f"{path}: OpenCV cannot write a video of {width}x{height} pixels")
 
     def __call__(self, example: dict[str, Any]) -> dict[str, Any]:
+        if example["frame"] == 0:
+            self._begin()
         for kind in self._writer.pictures:
             if kind == "ids":
                 file = f"{example['name']}/{example['frame']:06d}.png"
@@ -181,7 +194,7 @@ class Labelling:
 
     def _left_out(self, error: Exception, examples: Examples) -> None:
         """Notes why these are not labelled; raises what would keep others from it as well."""
-        if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+        if isinstance(error, MemoryError) or any(text in str(error) for text in NO_MEMORY):
             reason = TOO_LARGE
         elif isinstance(error, DataError):  # a bundle takes other sizes
             reason = str(error)
@@ -224,6 +237,20 @@ def predict(labelling: Labelling, found: list[Input], images: Writer, videos: Wr
     return done
 
 
+def at_once(found: list[Input], sizes: list[tuple[int, int]], most: int) -> int:
+    """Images of a batch: up to `most` where all have one size, and as many in each batch.
+
+    sizes: (height, width) of those that can be read. Where there are several most batches would
+    be filled up, in memory and time too, and with more pixels than `PIXELS_AT_ONCE` an image that
+    fits alone might not. On a CPU one by one is faster.
+    """
+    if len(set(sizes)) != 1 or jax.default_backend() == "cpu":
+        return 1
+    count = sum(_frames(source) if source.is_video else 1 for source in found)
+    most = min(most, PIXELS_AT_ONCE // math.prod(sizes[0]))
+    return math.ceil(count / math.ceil(count / most)) if most > 1 and count else 1
+
+
 def _frames(source: Input) -> int:
     try:
         return Video(source.path).frames
@@ -253,9 +280,9 @@ def main(_) -> None:
         storage.local("--input", text)
     found = inputs.find(args.input, output)
     run = workdirs.load_any(args.model, args.checkpoint, args.format)
-    # Not as many at once as in training: most batches would be filled up, in memory and time too.
-    config = protocols.select(run.config, args.protocol, ["batch_size=1", *args.set])
     sizes = [size for size in in_order(Input.size, found) if size]
+    batch = at_once(found, sizes, run.config.eval.batch_size)
+    config = protocols.select(run.config, args.protocol, [f"batch_size={batch}", *args.set])
     protocol = protocols.Protocol.from_config(config).planned(sizes)
     predictor = make_predictor(run.model, protocol, config.eval.batch_size)
     labelling = Labelling(predictor, run.variables)

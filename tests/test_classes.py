@@ -16,6 +16,7 @@ from duc_dlc_jax.data.labels import DataError
         ([{"name": "a", "color": [255.0, 0, 0]}], r"entry 0, 'a': color \[255.0, 0, 0\]; allowed"),
         (["a", 3], "entry 1, None: not understood"),
         ([{"name": "a", "id": 0}, {"name": "b"}], "entry 1, 'b': has neither id nor color"),
+        ({"1": "a", "2": 3}, "entry 0, '1': color 'a'"),
         ([{"name": "a", "id": -1}, "b"], "entry 0, 'a': id -1; allowed: whole numbers 0..65535"),
         (
             [{"name": "a", "id": 0, "colr": 1}],

@@ -134,6 +134,11 @@ def test_palettes_that_disagree_need_colours(two):
             ("car", "void", "white"),
             {2: 0, 0: 1, 255: 2, 1: IGNORE},
         ),
+        (
+            {"2": "car", "0": "facade", "1": "7"},
+            ("car", "facade", "7"),
+            {2: 0, 0: 1, 1: 2, 255: IGNORE},
+        ),
     ],
 )
 def test_classes_of_ids(two, declared, names, raw_to_train):
@@ -152,6 +157,24 @@ def test_classes_of_colours(two):
     ]
     spec = two.inspect(declared).spec
     assert spec.raw_to_train == {0xFF0000: 0, 0x008000: 1, 0: IGNORE}
+
+
+def test_ids_with_colours_to_show_them_in(two):
+    declared = [{"name": "car", "id": 2, "color": "#0000FF"}, {"name": "sky", "id": 0}]
+    spec = two.fill(ids(0, 2)).inspect(declared).spec
+    assert spec.raw_to_train == {2: 0, 0: 1, 255: IGNORE}
+    assert spec.palette == ((0, 0, 255), (0, 128, 0))  # the second of PASCAL VOC's
+
+
+def test_classes_in_a_text_file(two):
+    file = two.fill(ids(0, 1)).classes.with_suffix(".txt")
+    file.write_text("\ufeffsky\n\nroad \n", "utf-8")
+    assert two.inspect(classes_file=file).spec.classes == ("sky", "road")
+    two.fill(rgb(RED, GREEN))
+    file.write_text("# label:color_rgb:parts:actions\nfire:255,0,0::\nplant:0,128,0::\n")
+    spec = two.inspect(classes_file=file).spec
+    assert spec.classes == ("fire", "plant")
+    assert spec.raw_to_train == {0xFF0000: 0, 0x008000: 1}
 
 
 def test_a_classes_json_beside_the_labels_is_used(two):
@@ -326,8 +349,13 @@ def test_endings_and_folders(two):
     two.add("day/b", ids(0, 1), ending="_labelIds")
     two.add("night/a", ids(0, 1), ending="-GT", suffix=".PNG")
     two.add("night/road_mask", ids(0, 1))
+    two.add("night/c_gtFine", ids(0, 1), ending="_labelIds")
+    (two.images / "night/c_gtFine.jpg").rename(two.images / "night/c_leftImg8bit.jpg")
+    two.add("night/d", ids(0, 1), ending="_mask")
+    (two.images / "night/d.jpg").rename(two.images / "night/d_image.jpg")
     names = [scan.pair.name for scans in two.inspect().scans.values() for scan in scans]
-    assert sorted(names) == ["day/a", "day/b", "night/a", "night/road_mask"]
+    of_night = ["night/a", "night/c_leftImg8bit", "night/d_image", "night/road_mask"]
+    assert sorted(names) == ["day/a", "day/b", *of_night]
 
 
 def test_accents_of_two_forms_are_one_name(two):
@@ -498,6 +526,12 @@ def test_folders_of_splits(two):
     found = two.inspect()
     assert found.counts == {"train": 2, "val": 1, "test": 1}
     assert found.items()["test"][0].label is None
+    assert not any(line.startswith("Absent") for line in found.lines())
+    two.add("training/c", ids(0, 1, 2))
+    lines = two.inspect().lines()
+    assert [line for line in lines if line.startswith("Absent")] == [
+        "Absent    1 of the classes in val, not scored: class_2"
+    ]
     two.add("b", ids(0, 1))
     with pytest.raises(DataError, match=r"lies in a folder of a split, .*b\.jpg does not"):
         two.inspect()

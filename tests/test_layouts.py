@@ -58,11 +58,13 @@ def load(path, source, depth, **fields):
 
 
 DEEP = {"stem_type": "deep", "stem_width": 64}
+NARROW = {"stem_type": "deep", "stem_width": 32}
 CASES = [
     # row, source, stem, depth, the network and its state dict
     ("torchvision resnet50", "torchvision", "plain", 50, lambda: resnet("torchvision")),
     ("timm resnet50", "timm", "plain", 50, lambda: resnet("timm")),
     ("timm resnet50s", "timm", "deep", 50, lambda: resnet("timm", **DEEP)),
+    ("timm resnet50c", "timm", "narrow", 50, lambda: resnet("timm", **NARROW)),
     ("Hugging Face resnet-50", "huggingface", "plain", 50, huggingface_resnet),
     (
         "PyTorch-Encoding resnet269",
@@ -120,7 +122,8 @@ def tiny(stem="plain"):
         network = models.ResNet(models.Bottleneck, [1, 1, 1, 1], num_classes=7)
     else:
         models = references.imported("timm.models.resnet")
-        network = models.ResNet(models.Bottleneck, [1, 1, 1, 1], 7, **DEEP)
+        fields = {"deep": DEEP, "narrow": NARROW}[stem]
+        network = models.ResNet(models.Bottleneck, [1, 1, 1, 1], 7, **fields)
     return {name: value.numpy() for name, value in network.state_dict().items()}
 
 
@@ -176,7 +179,6 @@ def test_what_is_recognised_and_declared_is_printed(tmp_path):
     ("name", "message"),
     [
         ("resnet50d", "ResNet-D"),
-        ("resnet50c", "half as wide"),
         ("resnet34", "basic blocks"),
         ("resnext50_32x4d", "ResNeXt"),
         ("wide_resnet50_2", "wide ResNet"),
@@ -192,7 +194,18 @@ def test_other_networks_are_refused_by_name(name, message):
         layouts.recognise(shaped(state))
 
 
-def test_openmmlabs_stem_is_refused_by_name():
-    names = ("backbone.stem.0.weight", "backbone.layer1.0.conv1.weight")
-    with pytest.raises(ConfigError, match="OpenMMLab"):
-        layouts.recognise({name: np.zeros((1, 1, 1, 1)) for name in names})
+def test_openmmlabs_names_of_timms_narrow_stem(tmp_path):
+    state = tiny("narrow")
+    names = {name: name.replace("conv1.", "stem.") for name in state if name.startswith("conv1.")}
+    names |= {name: name.replace("bn1.", "stem.7.") for name in state if name.startswith("bn1.")}
+    renamed = {f"backbone.{names.get(name, name)}": value for name, value in state.items()}
+    np.savez(tmp_path / "a.npz", **state)
+    np.savez(tmp_path / "b.npz", **renamed, **{"decode_head.conv_seg.bias": np.zeros(3)})
+    layout, source = pretrained.inspect(tmp_path / "b.npz")
+    assert (layout.name, source) == ("OpenMMLab's", "openmmlab")
+    assert pretrained.model_fields(layout, source)["stem"] == "narrow"
+    with jax.enable_x64(True):
+        *ours, _ = load(tmp_path / "a.npz", "timm", 14, stem="narrow")
+        *theirs, report = load(tmp_path / "b.npz", "", 14, stem="narrow")
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+    assert report.unexpected == ("decode_head.conv_seg.bias",)

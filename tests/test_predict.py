@@ -199,6 +199,7 @@ def test_what_does_not_fit_the_memory_costs_nothing_else(tmp_path, command, caps
     )
     assert [line["name"] for line in lines_of(tmp_path / "out")] == ["a", "c"]
     assert (tmp_path / "out" / "legend.png").is_file()
+    assert not list((tmp_path / "out").rglob("*.mp4"))
     assert "2 images in" in capsys.readouterr().out
 
 
@@ -224,14 +225,17 @@ def test_a_bundle_of_one_size_labels_the_images_that_have_it(tmp_path, command):
         num_classes = 11
 
         def __call__(self, images):
+            if images.shape[1] > 100:  # in the words of ONNX Runtime
+                raise RuntimeError("[E] Failed to allocate memory for requested buffer of size 9")
             runtimes.check_size(bundle, images.shape[1:3])
             return np.ones(images.shape[:3], np.uint8)
 
-    write_images(tmp_path / "in", a=(48, 64), b=(64, 48), c=(48, 64))
+    write_images(tmp_path / "in", a=(48, 64), b=(64, 48), c=(48, 64), d=(120, 64))
     with pytest.raises(SystemExit) as end:
         command(BundlePredictor(Model()))
     problem = f"{tmp_path / 'in' / 'b.png'}: an image of 64x48; b takes 48x64 alone"
-    assert end.value.code.startswith(f"problems with 1 of 3 files:\n{problem}")
+    assert end.value.code.startswith(f"problems with 2 of 4 files:\n{problem}")
+    assert end.value.code.endswith(f"{tmp_path / 'in' / 'd.png'}: {predict.TOO_LARGE}")
     assert [line["name"] for line in lines_of(tmp_path / "out")] == ["a", "c"]
 
 
@@ -249,6 +253,20 @@ def test_the_command_hands_its_flags_on(tmp_path, command):
     np.testing.assert_array_equal(read(out / "overlay" / "a.png"), mixed)
     assert command(outputs=["ids"], set=["batch_size=3"]) == 3
     assert len(list((out / "ids" / "drive").iterdir())) == 2
+
+
+def test_inputs_of_one_size_share_batches(tmp_path, command, monkeypatch):
+    """On accelerators up to the configuration's four at once; a video counts its frames."""
+    write_images(tmp_path / "in", **{f"i{i}": (48, 64) for i in range(3)})
+    assert command() == 1
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert command() == 3
+    write_video(tmp_path / "in" / "drive.avi", [np.zeros((48, 64, 3), np.uint8)] * 2)
+    assert command() == 3  # 5 are 3 and 2
+    monkeypatch.setattr(predict, "PIXELS_AT_ONCE", 2 * 48 * 64)
+    assert command() == 2
+    write_images(tmp_path / "in", turned=(64, 48))
+    assert command() == 1
 
 
 def test_a_video_that_ends_too_early_is_named(tmp_path, command):

@@ -168,6 +168,31 @@ def test_markdown_links_lead_somewhere():
     assert links > 20
 
 
+def test_code_of_the_documents_holds():
+    """What Python in them imports is there, and so are the lines that a diff finds or removes."""
+    sources = {p: p.read_text() for p in (ROOT / "duc_dlc_jax").rglob("*.py")}
+    lines = {line for text in sources.values() for line in text.splitlines()}
+    imports = diffs = 0
+    for path in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
+        blocks = re.findall(r"^```(python|diff)\n(.*?)^```", path.read_text(), re.M | re.S)
+        for code in (code for kind, code in blocks if kind == "diff"):
+            kept = [line[1:] for line in code.splitlines() if line[0] != "+"]
+            assert set(kept) <= lines, f"{path.name}: {set(kept) - lines}"
+            diffs += len(kept)
+        trees = [ast.parse(code) for kind, code in blocks if kind == "python"]
+        for node in (node for tree in trees for node in ast.walk(tree)):
+            if not isinstance(node, ast.ImportFrom) or not str(node.module).startswith("duc_dlc_"):
+                continue
+            module = ROOT.joinpath(*str(node.module).split("."))
+            own = sources.get(module.with_suffix(".py"), "")
+            for name in (alias.name for alias in node.names):
+                defined = re.search(rf"^(def |class )?{name}\b", own, re.M)
+                assert defined or module / f"{name}.py" in sources, f"{path.name}: {name}"
+                imports += 1
+    assert imports > 10
+    assert diffs > 3
+
+
 def test_every_module_has_its_place_in_the_table_of_contributing():
     table = (ROOT / "CONTRIBUTING.md").read_text().partition("| place |")[2].partition("\n\n")[0]
     named = set(re.findall(r"`(?:duc_dlc_jax/)?([\w.]+/?)", table))

@@ -140,7 +140,10 @@ def test_backbone_equals_torchvision(depth):
         ((61, 43), {"resize_grid": "half_pixel", "output_stride": 16}),
         ((66, 97), {"resize_grid": "stride", "duc_upsampled": "coefficients"}),
         ((70, 51), {"resize_grid": "corners", "output_stride": 16, "duc_upsampled": "output"}),
-        ((70, 45), {"resize_grid": "corners", "guidance_kernel": 5, "stride_on": "1x1"}),
+        (
+            (70, 45),
+            {"resize_grid": "corners", "guidance_kernel": 5, "stride_on": "1x1", "stem": "narrow"},
+        ),
         ((53, 66), {"resize_grid": "corners", "guidance_stride": 2, "commute_coefficients": False}),
         (
             (66, 53),

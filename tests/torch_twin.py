@@ -75,16 +75,17 @@ class ResNet(nn.Module):
     def __init__(self, m):
         super().__init__()
         width = m.width
-        if m.stem == "deep":
-            inputs = 2 * width
-            self.conv1 = nn.Sequential(
-                conv(3, width, 3, 2), nn.BatchNorm2d(width), nn.ReLU(),
-                conv(width, width, 3), nn.BatchNorm2d(width), nn.ReLU(),
-                conv(width, inputs, 3),
-            )  # fmt: skip
-        else:
+        if m.stem == "plain":
             inputs = width
             self.conv1 = conv(3, width, 7, 2)
+        else:
+            first = {"deep": width, "narrow": width // 2}[m.stem]
+            inputs = 2 * first
+            self.conv1 = nn.Sequential(
+                conv(3, first, 3, 2), nn.BatchNorm2d(first), nn.ReLU(),
+                conv(first, first, 3), nn.BatchNorm2d(first), nn.ReLU(),
+                conv(first, inputs, 3),
+            )  # fmt: skip
         self.bn1 = nn.BatchNorm2d(inputs)
         stages = zip(BLOCKS[m.depth], DILATIONS[m.output_stride], strict=True)
         for i, (count, (stride, first, rest)) in enumerate(stages):

@@ -1,11 +1,15 @@
 """From the values in one's own masks, and a file that names them, to the label contract.
 
-The file of classes has one of these forms, all JSON:
+The file of classes has one of these forms of JSON:
 
 ["background", "cat", "dog"]                      names in the order of the ids 0, 1, 2
 [{"name": "cat", "id": 7}, {"name": "void", "id": 0, "ignore": true}]
 [{"name": "cat", "color": "#FF0000"}, {"name": "dog", "color": [0, 128, 0]}]
 {"cat": 7, "dog": 9}     or     {"cat": "#FF0000", "dog": "#008000"}
+{"7": "cat", "9": "dog"}                          Hugging Face's id2label
+
+With id and color the masks hold the id, and pictures have the colour. A .txt has a name per line,
+in the order of the ids, or the lines "cat:255,0,0::" of CVAT's labelmap.txt, which are colours.
 
 A class whose name is one of `IGNORED_NAMES` is ignored; "ignore": true or false overrides that.
 """
@@ -26,18 +30,22 @@ MOST_VALUES = 64  # classes that are inferred; more have to be named
 FEW_VALUES = 8  # outside the file of classes, that smoothing does not explain
 FORMS = (
     'a list of names, a list of {"name": ..., "id": 7} or {"name": ..., "color": "#RRGGBB"}, '
-    'or an object {"name": 7} or {"name": "#RRGGBB"}'
+    'or an object {"name": 7}, {"name": "#RRGGBB"} or {"7": "name"}'
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class Declared:
-    """One entry: raw is the id, or 0xRRGGBB where `colour` is set."""
+    """One entry: raw is the id, or 0xRRGGBB where `colour` is set.
+
+    shown: 0xRRGGBB in pictures, of an entry with id and colour.
+    """
 
     name: str
     raw: int
     colour: bool
     ignore: bool
+    shown: int | None = None
 
 
 def read_classes(path: str | pathlib.Path) -> list[Declared]:
@@ -45,21 +53,23 @@ def read_classes(path: str | pathlib.Path) -> list[Declared]:
 
     Raises:
       FileNotFoundError: no such file.
-      DataError: not JSON, or an entry that is none of the forms, or that occurs twice; names it.
+      DataError: not readable, or an entry that is none of the forms, or that occurs twice; names
+        it.
     """
     path = pathlib.Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"--classes={path}: no such file")
     try:
-        content = json.loads(path.read_text("utf-8"), object_pairs_hook=_Pairs)
+        text = path.read_text("utf-8-sig")
+        is_list = path.suffix.lower() == ".txt"
+        content = _lines(text) if is_list else json.loads(text, object_pairs_hook=_Pairs)
     except ValueError as error:
         raise DataError(
-            f'{path}: not readable as JSON: {error}. It holds names such as ["sky", "road"]; '
-            f"allowed: {FORMS}"
+            f'{path}: not readable as JSON: {error}. It holds names such as ["sky", "road"], or '
+            f"is a .txt with a name per line; allowed: {FORMS}"
         ) from error
     if isinstance(content, _Pairs):
-        key = {True: "id", False: "color"}
-        rows = [{"name": name, key[isinstance(value, int)]: value} for name, value in content]
+        rows = _rows(content)
     elif isinstance(content, list):
         rows = [_row(number, value) for number, value in enumerate(content)]
     else:
@@ -76,6 +86,25 @@ def read_classes(path: str | pathlib.Path) -> list[Declared]:
 
 class _Pairs(list):
     """A JSON object as its (name, value) pairs, so that names given twice are seen."""
+
+
+def _lines(text: str) -> list[str] | _Pairs:
+    """The names in a text, one per line, or (name, colour) of CVAT's label maps."""
+    lines = [line.strip() for line in text.splitlines()]
+    lines = [line for line in lines if line and not line.startswith("#")]
+    cvat = [re.fullmatch(r"([^:]+):(\d+),(\d+),(\d+):.*", line) for line in lines]
+    if all(cvat):
+        return _Pairs((m[1], [int(level) for level in m.groups()[1:]]) for m in cvat if m)
+    return lines
+
+
+def _rows(pairs: _Pairs) -> list[dict[str, Any]]:
+    """Returns the fields of an object's entries: {"cat": 7}, {"cat": "#FF0000"} or {"7": "cat"}."""
+    names = [value for _, value in pairs if isinstance(value, str) and not _is_hex(value)]
+    if names and all(key.isdecimal() and isinstance(value, str) for key, value in pairs):
+        return [{"name": value, "id": int(key)} for key, value in pairs]
+    key = {True: "id", False: "color"}
+    return [{"name": name, key[isinstance(value, int)]: value} for name, value in pairs]
 
 
 def _row(number: int, value: Any) -> dict[str, Any]:
@@ -96,11 +125,14 @@ def _entry(row: dict[str, Any]) -> Declared:
         ignore = name.strip().lower() in IGNORED_NAMES
     if not isinstance(ignore, bool):
         raise DataError(f'"ignore" is {ignore!r}; allowed: true, false')
-    keys = [key for key in ("id", "color", "colour") if key in row]
-    if len(keys) != 1:
+    keys = [key for key in ("color", "colour") if key in row]
+    if len(keys) > 1 or not (keys or "id" in row):
         raise DataError(f"has {' and '.join(keys) or 'neither id nor color'}; give one of the two")
-    value, colour = row[keys[0]], keys != ["id"]
-    return Declared(name.strip(), _colour(value) if colour else _id(value), colour, ignore)
+    colour = _colour(row[keys[0]]) if keys else None
+    if "id" in row:
+        return Declared(name.strip(), _id(row["id"]), False, ignore, colour)
+    assert colour is not None
+    return Declared(name.strip(), colour, True, ignore)
 
 
 def _id(value: Any) -> int:
@@ -110,12 +142,16 @@ def _id(value: Any) -> int:
 
 
 def _colour(value: Any) -> int:
-    if isinstance(value, str) and re.fullmatch(r"#?[0-9a-fA-F]{6}", value):
+    if isinstance(value, str) and _is_hex(value):
         return int(value.removeprefix("#"), 16)
     if isinstance(value, list) and len(value) == 3 and all(map(_is_level, value)):
         red, green, blue = value
         return red << 16 | green << 8 | blue
     raise DataError(f'color {value!r}; allowed: "#RRGGBB" or [red, green, blue] of 0..255')
+
+
+def _is_hex(text: str) -> bool:
+    return re.fullmatch(r"#?[0-9a-fA-F]{6}", text) is not None
 
 
 def _is_level(value: Any) -> bool:
@@ -219,7 +255,7 @@ def infer_spec(
     return LabelSpec(
         name=name,
         classes=tuple(kept.values()),
-        palette=_palette(values, raw_ids),
+        palette=_palette(values, raw_ids, declared or []),
         raw_to_train={raw: k for k, raw in enumerate(raw_ids)} | dict.fromkeys(ignored, IGNORE),
         submission_ids=tuple(range(len(kept)) if values.colours else raw_ids),
         colours=values.colours,
@@ -302,13 +338,16 @@ def _refuse_levels(values: Values, reserved: set[int]) -> None:
             )
 
 
-def _palette(values: Values, raw_ids: list[int]) -> tuple[tuple[int, int, int], ...]:
-    """Returns the masks' own colours by train id; those of PASCAL VOC, without black, for the rest.
+def _palette(
+    values: Values, raw_ids: list[int], declared: Iterable[Declared]
+) -> tuple[tuple[int, int, int], ...]:
+    """Returns the colours by train id: the file's, the masks' own, PASCAL VOC's without black.
 
     All are PASCAL VOC's where two classes would look alike.
     """
     others = [voc_colour(k + 1) for k in range(len(raw_ids))]
     found = {raw: raw for raw in raw_ids} if values.colours else values.palette
+    found = found | {entry.raw: entry.shown for entry in declared if entry.shown is not None}
     own = [
         (found[raw] >> 16, found[raw] >> 8 & 255, found[raw] & 255) if raw in found else other
         for raw, other in zip(raw_ids, others, strict=True)

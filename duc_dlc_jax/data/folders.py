@@ -113,12 +113,23 @@ class Inspection:
             f"Splits    {numbers}: {self.split_by}",
             f"Masks     {self.kind}; the names of the classes are from {self.names_from}",
         ]
+        for split, then in (("train", "not learned"), ("val", "not scored")):
+            if absent := self._absent(split):
+                listed = ", ".join(absent[:8]) + (" ..." if absent[8:] else "")
+                lines.append(f"Absent    {len(absent)} of the classes in {split}, {then}: {listed}")
         if self.skipped:
             lines += [f"Left out  {len(self.skipped)}:", *_listed(self.skipped)]
         if self.others:
             kinds = ", ".join(f"{count} {suffix}" for suffix, count in sorted(self.others.items()))
             lines.append(f"Not read  {kinds}: images are PNG or JPEG, masks PNG")
         return [*lines, "", *self._class_rows()]
+
+    def _absent(self, split: str) -> list[str]:
+        """Returns the classes that no mask of a split has."""
+        scans = self.scans[split]
+        seen = {raw for scan in scans for raw in _raw_pixels(scan, self.spec.colours)}
+        raw_ids = {train: raw for raw, train in self.spec.raw_to_train.items()}
+        return [name for k, name in enumerate(self.spec.classes) if raw_ids[k] not in seen]
 
     def _class_rows(self) -> list[str]:
         """Rows of classes and ignored values: share of the pixels, masks that have it."""

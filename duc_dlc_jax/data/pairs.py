@@ -16,8 +16,10 @@ from duc_dlc_jax.data.labels import DataError
 CLASSES = "classes.json"  # the file of classes, where it lies among the masks
 IMAGES = (".png", ".jpg", ".jpeg")
 MASK_ENDING = re.compile(
-    r"[_-](masks?|labels?|labelids|labeltrainids|gt|seg|segmentation|annotation)$", re.IGNORECASE
+    r"[_-](masks?|labels?|labelids|labeltrainids|gt|seg|segmentation|annotation|gtfine_labelids|gtfine_labeltrainids)$",
+    re.IGNORECASE,
 )
+IMAGE_ENDING = re.compile(r"[_-](images?|img|rgb|sat|leftimg8bit)$", re.IGNORECASE)
 SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
 SPLITS |= dict.fromkeys(("val", "valid", "validation"), "val")
 Files = dict[str, pathlib.Path]  # by path below the folder, without suffix, "/" between the names
@@ -45,7 +47,7 @@ def folder_split(name: str) -> str:
 def find_pairs(
     images_dir: pathlib.Path, labels_dir: pathlib.Path
 ) -> tuple[list[Pair], list[str], collections.Counter[str]]:
-    """Pairs images and masks of one path, but for suffix and `MASK_ENDING`, in name order.
+    """Pairs images and masks of one path, but for suffix and endings of the name, in name order.
 
     Images of a folder "test" need no masks, if none of them has one.
 
@@ -65,20 +67,24 @@ def find_pairs(
         raise DataError(f"--images and --labels are both {images_dir}; give two folders")
     photos, drawn = _walk(images_dir, labels_dir), _walk(labels_dir, images_dir)
     images = _images(images_dir, photos)
-    masks = _masks(labels_dir, drawn, images)
+    # An image by its name, and by its name without ending where no other has that.
+    by_name = {IMAGE_ENDING.sub("", name): name for name in images} | {
+        name: name for name in images
+    }
+    masks = _masks(labels_dir, drawn, by_name)
     if not set(images) & set(masks):
         raise DataError(
             f"no mask has the name of an image: {len(images)} images, first "
             f"{images[min(images)]}; {len(masks)} masks, first {masks[min(masks)]}. An image "
-            "a/b.jpg below --images and its mask a/b.png or a/b_mask.png below --labels belong "
-            "together"
+            "a/b.jpg or a/b_image.jpg below --images and its mask a/b.png or a/b_mask.png below "
+            "--labels belong together"
         )
     test = {name for name in images if folder_split(name) == "test"}
     unlabelled = set() if test & set(masks) else test
     paired = sorted((set(images) & set(masks)) | unlabelled)
     other_images = {_bare(name): path for name, path in photos.items() if not _is_image(path)}
     other_masks = {
-        _image_of(name, images): path for name, path in drawn.items() if not _is_mask(path)
+        _image_of(name, by_name): path for name, path in drawn.items() if not _is_mask(path)
     }
 
     alone = [
@@ -104,11 +110,10 @@ def _is_mask(path: pathlib.Path) -> bool:
     return path.suffix.lower() == ".png"
 
 
-def _image_of(name: str, images: Files) -> str:
+def _image_of(name: str, by_name: dict[str, str]) -> str:
     """The name of the image that a mask of this name belongs to."""
     bare = _bare(name)
-    short = MASK_ENDING.sub("", bare)
-    return short if bare not in images and short in images else bare
+    return by_name.get(bare) or by_name.get(MASK_ENDING.sub("", bare), bare)
 
 
 def _walk(folder: pathlib.Path, outside: pathlib.Path) -> Files:
@@ -138,18 +143,18 @@ def _images(folder: pathlib.Path, found: Files) -> Files:
     return images
 
 
-def _masks(folder: pathlib.Path, found: Files, images: Files) -> Files:
-    """Returns the PNG masks by the name of their image."""
+def _masks(folder: pathlib.Path, found: Files, by_name: dict[str, str]) -> Files:
+    """Returns the PNG masks by the name of their image; by_name: see `_image_of`."""
     masks: Files = {}
     for name, path in found.items():
         if _is_mask(path):
-            other = masks.setdefault(_image_of(name, images), path)
+            other = masks.setdefault(_image_of(name, by_name), path)
             if other != path:
                 raise DataError(f"{other} and {path} are masks of one image; keep one of the two")
     jpeg = [
         path
         for name, path in found.items()
-        if _is_image(path) and _image_of(name, images) in set(images) - set(masks)
+        if _is_image(path) and _image_of(name, by_name) in set(by_name.values()) - set(masks)
     ]
     if jpeg:
         raise DataError(

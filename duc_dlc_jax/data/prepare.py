@@ -306,7 +306,7 @@ if __name__ == "__main__":
     flags.DEFINE_string("raw_dir", None, "Folder of the download; scenes needs none.")
     flags.DEFINE_string("images", None, "Folder of your own images; --dataset is its name.")
     flags.DEFINE_string("labels", None, "Folder of their masks.")
-    flags.DEFINE_string("classes", None, "JSON file that names their classes.")
+    flags.DEFINE_string("classes", None, "File that names their classes, JSON or .txt.")
     flags.DEFINE_enum("encoding", "auto", ["auto", "raw", "png", "jpeg"], "Of the stored pixels.")
     flags.DEFINE_string("data_dir", "data", "Receives the records; may be s3:// or gs://.")
     flags.DEFINE_bool("strict", False, "Fail on a missing split or an unofficial count.")

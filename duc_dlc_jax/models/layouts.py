@@ -2,6 +2,7 @@
 
 torchvision   conv1.weight, bn1.*, layer1.0.conv1.weight, layer1.0.downsample.0.weight (timm's too)
 deep stem     conv1.0, conv1.1, conv1.3, conv1.4 and conv1.6 instead of conv1 (timm's resnet50s too)
+openmmlab     stem.0, stem.1, stem.3, stem.4, stem.6 and stem.7 instead of conv1 and bn1 (ResNetV1c)
 huggingface   embedder.embedder.*, encoder.stages.0.layers.0.layer.0.*, ...shortcut.*
 
 Networks that share these names and compute something else are refused by name.
@@ -61,12 +62,13 @@ def recognise(tensors: Mapping[str, np.ndarray]) -> Layout:
         names = {_from_huggingface(name.removeprefix(prefix)): name for name in tensors}
         layout = Layout("Hugging Face's", "plain", "huggingface", prefix, names)
     else:
-        prefix = _prefix(tensors, r"bn1\.weight") or ""
-        names = {name.removeprefix(prefix): name for name in tensors}
+        prefix = _prefix(tensors, r"(?:bn1|stem\.7)\.weight") or ""
+        names = {_from_openmmlab(name.removeprefix(prefix)): name for name in tensors}
         if "conv1.0.weight" in names:
-            layout = Layout(
-                "torchvision's with a deep stem", "deep", "pytorch_encoding", prefix, names
-            )
+            name, source = "torchvision's with a deep stem", "pytorch_encoding"
+            if f"{prefix}stem.0.weight" in tensors:
+                name, source = "OpenMMLab's", "openmmlab"
+            layout = Layout(name, _deep_stem(tensors, names), source, prefix, names)
         elif "conv1.weight" in names:
             layout = Layout("torchvision's", "plain", "torchvision", prefix, names)
         else:
@@ -86,6 +88,19 @@ def _prefix(names: Iterable[str], pattern: str) -> str | None:
     """What stands before the stem's `pattern`: `module.`, `backbone.`, ...; the shortest."""
     matches = [re.fullmatch(rf"(?!.*layers?\.?\d)((?:.*\.)?){pattern}", name) for name in names]
     return min((match[1] for match in matches if match), key=len, default=None)
+
+
+def _from_openmmlab(name: str) -> str:
+    """`stem.3.weight` -> `conv1.3.weight`; `stem.7.weight`, the last BN's, -> `bn1.weight`."""
+    match = re.fullmatch(r"stem\.([013467])\.(\w+)", name)
+    return name if not match else ("bn1." if match[1] == "7" else f"conv1.{match[1]}.") + match[2]
+
+
+def _deep_stem(tensors: Mapping[str, np.ndarray], names: Mapping[str, str]) -> str:
+    """`config.model.stem` of three convolutions: "narrow" ends as wide as layer1 is inside."""
+    last, inside = (names.get(f"{name}.weight") for name in ("conv1.6", "layer1.0.conv1"))
+    narrow = last and inside and len(tensors[last]) == len(tensors[inside])
+    return "narrow" if narrow else "deep"
 
 
 _PARTS = {"convolution": "conv", "normalization": "bn"}
@@ -117,11 +132,6 @@ def _first(pattern: str, true: Callable[[Any], bool] = lambda shape: True):
     )
 
 
-def _narrow_stem(shapes: Shapes) -> str | None:
-    last, first = shapes.get("conv1.6.weight"), shapes.get("layer1.0.conv1.weight")
-    return "conv1.6.weight" if last and first and last[0] < 2 * first[0] else None
-
-
 def _basic_block(shapes: Shapes) -> str | None:
     own = "layer1.0.conv1.weight"
     return own if own in shapes and not _first(r"^layer\d\.\d+\.conv3\.")(shapes) else None
@@ -139,9 +149,6 @@ OTHERS: dict[str, Callable[[Shapes], str | None]] = {
     " avg_down in PyTorch-Encoding)": _first(
         r"^layer\d\.\d+\.downsample\.1\.weight", lambda s: len(s) == 4
     ),
-    "a stem of three convolutions named stem.* (OpenMMLab's ResNetV1c and V1d)": _first(
-        r"(^|\.)stem\.\d+\.weight"
-    ),
     "a ResNeSt, with split attention": _first(r"^layer\d\.\d+\.conv2\.(conv|fc1)\."),
     "a ResNet with squeeze and excitation or other attention": _first(
         r"^layer\d\.\d+\.(se|se_module|attn)\."
@@ -151,5 +158,4 @@ OTHERS: dict[str, Callable[[Shapes], str | None]] = {
         r"^layer\d\.\d+\.conv2\.weight", lambda s: len(s) == 4 and s[0] != s[1]
     ),
     "a wide ResNet": _wide_block,
-    "a deep stem half as wide as its stages (timm's resnet50c)": _narrow_stem,
 }

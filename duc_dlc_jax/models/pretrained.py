@@ -60,6 +60,7 @@ SOURCES = {
         "Hugging Face's ResNets with downsample_in_bottleneck=False", "Apache-2.0"
     ),
     "pytorch_encoding": Source("PyTorch-Encoding and FastFCN", "MIT"),
+    "openmmlab": Source("OpenMMLab's ResNets and ResNetV1c of style pytorch", "Apache-2.0"),
     "keras_v1": Source(
         "Keras ResNet v1 converted to torchvision names, RGB", "MIT", stride_on="1x1"
     ),
@@ -110,8 +111,8 @@ def load_backbone(
     """Replaces the backbone's parameters and running statistics with those of a file.
 
     Args:
-      path: .npz, .safetensors or .pth, convolutions OIHW, in any floating dtype; or a name of
-        `weights.TABLE`, which is downloaded.
+      path: a file that `tensor_files` reads, convolutions OIHW, in any floating dtype; or a name
+        of `weights.TABLE`, which is downloaded.
       source: a key of `SOURCES`; empty = the one that the layout of names suggests, with a warning.
       params: the `params` collection of `Segmenter` (its `backbone` entry is replaced in a copy).
       batch_stats: its `batch_stats` collection, likewise.

@@ -74,14 +74,15 @@ class ResNet(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> tuple[jax.Array, ...]:
-        if self.stem == "deep":
-            x = self.conv(self.width, 3, 2, name="stem_conv1")(x)
-            x = nn.relu(self.norm(name="stem_bn1")(x))
-            x = self.conv(self.width, 3, name="stem_conv2")(x)
-            x = nn.relu(self.norm(name="stem_bn2")(x))
-            x = self.conv(2 * self.width, 3, name="conv1")(x)
-        else:
+        if self.stem == "plain":
             x = self.conv(self.width, 7, 2, name="conv1")(x)
+        else:
+            width = self.width if self.stem == "deep" else -(-self.width // 2)
+            x = self.conv(width, 3, 2, name="stem_conv1")(x)
+            x = nn.relu(self.norm(name="stem_bn1")(x))
+            x = self.conv(width, 3, name="stem_conv2")(x)
+            x = nn.relu(self.norm(name="stem_bn2")(x))
+            x = self.conv(2 * width, 3, name="conv1")(x)
         x = nn.relu(self.norm(name="bn1")(x))
         if self.valid_sizes is not None:  # 0 after a ReLU is as good as max_pool's own -inf
             x = zero_beyond(x, self.valid_sizes(x.shape[1:3]))

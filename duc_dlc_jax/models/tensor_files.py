@@ -1,4 +1,4 @@
-"""Tensors from .npz, .safetensors and .pth files.
+"""Tensors from .npz and .safetensors files and from those of `torch.save`: .pth, .pt, .ckpt, .bin.
 
 None of a file's code runs, and PyTorch is not needed.
 """
@@ -36,7 +36,7 @@ def check(path: Path, what: str = "config.init.weights") -> None:
 
 
 def read_tensors(path: str | Path, what: str = "config.init.weights") -> dict[str, np.ndarray]:
-    """Every tensor of a .npz, .safetensors or .pth file; none of its code runs.
+    """Every tensor of a file of these types; none of its code runs.
 
     what: as in `check`. Raises as `check`, and ConfigError for a file that is damaged or holds
     something else.
@@ -73,8 +73,8 @@ _STORAGES = {
 }
 
 
-def _read_pth(path: Path) -> dict[str, np.ndarray]:
-    """The state dict that `torch.save` wrote, itself or in a dict beside other things."""
+def _read_torch(path: Path) -> dict[str, np.ndarray]:
+    """The state dict that `torch.save` wrote, itself or in dicts beside other things."""
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
@@ -90,9 +90,18 @@ def _read_pth(path: Path) -> dict[str, np.ndarray]:
 
 
 def _state_dict(path: Path, content: dict[Any, Any]) -> dict[str, np.ndarray]:
-    """The tensors of a dict among the values, if there is one, or else those of `content`."""
-    inner = {key: _tensors(value) for key, value in content.items() if isinstance(value, dict)}
-    inner = {key: tensors for key, tensors in inner.items() if tensors}
+    """The tensors of a dict among the values, if there is one, or else those of `content`.
+
+    Where there are none either, those of a dict in one of the values.
+    """
+    dicts, own = _dicts(content), _tensors(content)
+    if not own and not any(map(_tensors, dicts.values())):
+        dicts = {
+            f"{outer}.{key}": value
+            for outer, values in dicts.items()
+            for key, value in _dicts(values).items()
+        }
+    inner = {key: tensors for key, value in dicts.items() if (tensors := _tensors(value))}
     found = [key for key in ("state_dict", "model") if key in inner][:1] or list(inner)
     if len(found) == 1:
         return inner[found[0]]
@@ -101,10 +110,14 @@ def _state_dict(path: Path, content: dict[Any, Any]) -> dict[str, np.ndarray]:
             f"{path}: holds tensors under {', '.join(map(str, found))}. Save those that are meant "
             "alone, or under state_dict or model."
         )
-    if not (tensors := _tensors(content)):
+    if not own:
         keys = ", ".join(map(str, list(content)[:6])) or "nothing"
         raise ConfigError(f"{path}: holds no state dict, and no tensor; its keys: {keys}.")
-    return tensors
+    return own
+
+
+def _dicts(content: dict[Any, Any]) -> dict[Any, dict[Any, Any]]:
+    return {key: value for key, value in content.items() if isinstance(value, dict)}
 
 
 def _tensors(content: dict[Any, Any]) -> dict[str, np.ndarray]:
@@ -129,7 +142,10 @@ class _TensorUnpickler(pickle.Unpickler):
         if module == "torch" and name in _STORAGES:
             return _StorageType(name)
         raise pickle.UnpicklingError(
-            f"it asks for {module}.{name}, which is not a tensor; nothing of it was run"
+            f"it asks for {module}.{name}, which is not a tensor; nothing of it was run. Where "
+            "PyTorch and what the file asks for are installed, and if its source is trusted, save "
+            "the tensors alone: checkpoint = torch.load(OLD, map_location='cpu', "
+            "weights_only=False); torch.save(checkpoint['state_dict'], NEW)"
         )
 
     def persistent_load(self, pid: Any) -> np.ndarray:
@@ -238,4 +254,5 @@ def _rebuild(storage, offset, size, stride, *_) -> np.ndarray:
     return np.lib.stride_tricks.as_strided(storage[offset:], tuple(size), strides, writeable=False)
 
 
-_READERS = {".npz": _read_npz, ".safetensors": _read_safetensors, ".pth": _read_pth}
+_READERS = {".npz": _read_npz, ".safetensors": _read_safetensors}
+_READERS |= dict.fromkeys((".pth", ".pt", ".ckpt", ".bin"), _read_torch)
