@@ -263,6 +263,16 @@ def test_a_run_that_was_cut_off_is_begun_and_keeps_its_budget(fake, tmp_path, mo
     assert not (tmp_path / "unfinished" / run.name).exists()
 
 
+def test_what_a_process_left_that_was_killed_as_its_run_ended_is_cleared(tmp_path):
+    results, (ended, begun, _) = Results(tmp_path), grid.runs(TWO)
+    folders = [results.files(run).unfinished for run in (ended, begun)]
+    results.write(ended, {"seed": 0})
+    for folder in folders:
+        (folder / "checkpoints" / "2").mkdir(parents=True)
+    results.clear([ended, begun])
+    assert [folder.exists() for folder in folders] == [False, True]
+
+
 def test_a_file_is_whole_or_absent(tmp_path, monkeypatch):
     results, run = Results(tmp_path), Run(TWO[0], 0)
     monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -274,7 +284,7 @@ def test_a_file_is_whole_or_absent(tmp_path, monkeypatch):
 
 def test_the_command_lists_its_runs(tmp_path):
     command = [sys.executable, "-m", "duc_dlc_jax.ablate", f"--workdir={tmp_path}", "--list"]
-    command += ["--config=configs/ablation_camvid.py", "--only=duc", "--seeds=0,4"]
+    command += ["--config=configs/ablation_camvid.py", "--only=duc", "--seeds=0,4,0"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
     assert [line.split()[0] for line in result.stdout.splitlines()] == ["duc-seed0", "duc-seed4"]

@@ -109,7 +109,7 @@ def write_report(results: Results, output: str, whole: grid.Grid | None, command
     """whole: the grid as it is now, which may have grown since the runs."""
     from duc_dlc_jax.ablate import report  # late: SciPy and plots
 
-    if whole:
+    if whole and results.all():  # else a mistyped workdir would be made
         results.write_grid(whole)
     report.write(results, output, command)
     print(f"written: {output}")
@@ -129,7 +129,7 @@ def main(_) -> None:
     if base is None or whole is None:
         raise ConfigError("--config=FILE is missing; see configs/ablation_camvid.py")
     try:
-        seeds = [int(seed) for seed in args.seeds] or None
+        seeds = list(dict.fromkeys(map(int, args.seeds))) or None
     except ValueError as error:
         raise ConfigError(f"--seeds={','.join(args.seeds)}; allowed: 0,1,2") from error
     runs = grid.runs(whole.variants, args.only, seeds)
@@ -143,6 +143,7 @@ def main(_) -> None:
         return
     storage.check(workdir, write=True, flag="--workdir")
     results.write_grid(whole)
+    results.clear(runs)
     cli.use_compilation_cache(workdir)
     limit = args.stop_after_s or args.max_hours * 3600 or float("inf")
     train_all(base, runs, results, limit, args.weights)
