@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -18,6 +19,7 @@ from duc_dlc_jax.ablate.grid import Run, Variant, parts
 from duc_dlc_jax.ablate.results import Results, weights_digest
 from duc_dlc_jax.config import ConfigError
 from duc_dlc_jax.data.labels import label_spec
+from duc_dlc_jax.models import segmenter
 
 pytestmark = pytest.mark.commands
 
@@ -186,6 +188,16 @@ def test_a_grid_goes_on_after_a_failure_and_where_it_stopped(fake, tmp_path):
     train_all(config_lib.default(), runs, results, float("inf"), False)
     assert fake.made == ["none", "dlc", "none", "dlc"]
     assert results.done(runs[1])["seed"] == 1
+
+
+def test_numbers_and_kernels_are_those_that_the_configuration_asks_for(fake, tmp_path, monkeypatch):
+    seen, base = [], config_lib.default()
+    base.model.dtype, base.train.deterministic = "float64", True
+    monkeypatch.setenv("XLA_FLAGS", "")
+    monkeypatch.setattr(segmenter, "enable_dtype", lambda model: seen.append(model.dtype))
+    train_all(base, [Run(TWO[0], 0)], Results(tmp_path), float("inf"), False)
+    assert seen == ["float64"]
+    assert os.environ["XLA_FLAGS"] == "--xla_gpu_deterministic_ops=true"
 
 
 def test_no_run_starts_that_would_end_after_the_limit(fake, tmp_path, monkeypatch):

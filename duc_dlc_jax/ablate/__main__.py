@@ -20,6 +20,7 @@ from duc_dlc_jax import cli, storage
 from duc_dlc_jax.ablate import grid
 from duc_dlc_jax.ablate.results import Results, weights_digest
 from duc_dlc_jax.config import ConfigError
+from duc_dlc_jax.models import segmenter
 from duc_dlc_jax.progress import clock
 
 
@@ -47,6 +48,8 @@ def train_all(config, runs: list[grid.Run], results: Results, limit: float, weig
     Returns the number of runs that are left. A run that fails is noted, and the next one starts;
     so is the next one taken where another process works on a run.
     """
+    cli.use_deterministic_kernels(config)
+    segmenter.enable_dtype(config.model)
     from duc_dlc_jax.ablate import runner  # late: --list and --report need no accelerator
 
     start, longest, failed = time.monotonic(), {}, set()
