@@ -148,7 +148,7 @@ def main(_) -> None:
     results.write_grid(whole)
     results.clear(runs)
     cli.use_compilation_cache(workdir)
-    limit = args.stop_after_s or args.max_hours * 3600 or float("inf")
+    limit = args.stop_after_s or float("inf")
     train_all(base, runs, results, limit, args.weights)
     print(f"{summary(runs, results)}; the same command goes on")
 
@@ -160,8 +160,7 @@ if __name__ == "__main__":
     flags.DEFINE_list("seeds", [], "As in 0,1,2; default: as many as each variant says.")
     flags.DEFINE_bool("list", False, "Print the runs and what is done, and end.")
     flags.DEFINE_bool("weights", False, "Also keep each run's final network, weights/NAME.npz.")
-    flags.DEFINE_float("max_hours", 0.0, "Start no run that would end later; 0 = no limit.")
-    flags.DEFINE_float("stop_after_s", 0.0, "The same in seconds.")
+    flags.DEFINE_float("stop_after_s", 0.0, "Start no run that would end later; 0 = no limit.")
     flags.DEFINE_bool("report", False, "Write a page about the runs of --workdir, and end.")
     flags.DEFINE_string("output", "ablation.md", "The page; its plots go into a folder beside it.")
     cli.run(main)
