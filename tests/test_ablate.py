@@ -22,6 +22,7 @@ from duc_dlc_jax.data.labels import label_spec
 from duc_dlc_jax.models import segmenter
 
 pytestmark = pytest.mark.commands
+DATA = runner.Data
 
 TWO = [Variant("fcn", parts("none", "none"), 2), Variant("duc_dlc", parts("duc", "dlc"), 1)]
 
@@ -188,6 +189,18 @@ def test_a_grid_goes_on_after_a_failure_and_where_it_stopped(fake, tmp_path):
     train_all(config_lib.default(), runs, results, float("inf"), False)
     assert fake.made == ["none", "dlc", "none", "dlc"]
     assert results.done(runs[1])["seed"] == 1
+
+
+def test_a_variant_trains_on_the_split_that_it_names(fake, tmp_path, monkeypatch):
+    """What two variants share is opened once."""
+    opened, more = [], {"data.train_split": "train+extra"}
+    monkeypatch.setattr(runner, "Data", DATA)
+    monkeypatch.setattr(runner, "open_records", lambda data, split: opened.append(split))
+    monkeypatch.setattr(runner.crops, "choose", lambda val: [])
+    alone = parts("none", "none")
+    variants = [Variant("a", alone), Variant("b", alone | more), Variant("c", alone | more)]
+    train_all(config_lib.default(), grid.runs(variants), Results(tmp_path), float("inf"), False)
+    assert opened == ["train", "val", "train+extra", "val"]
 
 
 def test_numbers_and_kernels_are_those_that_the_configuration_asks_for(fake, tmp_path, monkeypatch):

@@ -70,7 +70,8 @@ def train_all(config, runs: list[grid.Run], results: Results, limit: float, weig
             own, begin = run.variant.config(config, run.seed), time.monotonic()
             results.check(run, own)  # again: another process may have begun it
             try:
-                data = data or runner.Data(own.data)
+                if data is None or not data.serves(own.data):
+                    data = runner.Data(own.data)
                 if name != current:
                     trainer, current = None, ""  # frees the last one's memory
                     trainer, current = runner.Trainer(own, data), name
