@@ -414,7 +414,7 @@ def test_crops_are_compared_seed_by_seed_and_shown(tmp_path):
     report.write(results, output, "COMMAND")
     text = output.read_text()
     assert "| 1 | image_0, 2, 0 | 0.400 | 0.800 |" in text
-    assert "|  | mean | 0.350 | 0.600 |" in text
+    assert "|  | mean | 0.350 | 0.600 |\n\nVerdicts as above, after Holm's correction" in text
     half = 100 * half_width([0.2, 0.3])
     assert (
         f"- `duc` - `fcn` (the guidance): higher in 2 of 3 crops; mean over the crops +25.00 ± "
