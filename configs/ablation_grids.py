@@ -1,6 +1,6 @@
 """CamVid, the run of configs/camvid_small.py: resize grids and shrinking over several seeds.
 
-Command   python -m duc_dlc_jax.ablate --config=configs/ablation_grids.py --workdir=runs/small
+Command   python -m duc_dlc_jax.ablate --config=configs/ablation_grids.py --workdir=runs/grids
           --config.init.weights=FILE
 Data      python -m duc_dlc_jax.data.prepare --dataset=camvid --raw_dir=DIR --data_dir=data
 Hardware  one accelerator, or 2 CPU cores and 20 minutes a run

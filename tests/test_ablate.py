@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -18,8 +19,10 @@ from duc_dlc_jax.ablate.grid import Run, Variant, parts
 from duc_dlc_jax.ablate.results import Results, weights_digest
 from duc_dlc_jax.config import ConfigError
 from duc_dlc_jax.data.labels import label_spec
+from duc_dlc_jax.models import segmenter
 
 pytestmark = pytest.mark.commands
+DATA = runner.Data
 
 TWO = [Variant("fcn", parts("none", "none"), 2), Variant("duc_dlc", parts("duc", "dlc"), 1)]
 
@@ -188,6 +191,28 @@ def test_a_grid_goes_on_after_a_failure_and_where_it_stopped(fake, tmp_path):
     assert results.done(runs[1])["seed"] == 1
 
 
+def test_a_variant_trains_on_the_split_that_it_names(fake, tmp_path, monkeypatch):
+    """What two variants share is opened once."""
+    opened, more = [], {"data.train_split": "train+extra"}
+    monkeypatch.setattr(runner, "Data", DATA)
+    monkeypatch.setattr(runner, "open_records", lambda data, split: opened.append(split))
+    monkeypatch.setattr(runner.crops, "choose", lambda val: [])
+    alone = parts("none", "none")
+    variants = [Variant("a", alone), Variant("b", alone | more), Variant("c", alone | more)]
+    train_all(config_lib.default(), grid.runs(variants), Results(tmp_path), float("inf"), False)
+    assert opened == ["train", "val", "train+extra", "val"]
+
+
+def test_numbers_and_kernels_are_those_that_the_configuration_asks_for(fake, tmp_path, monkeypatch):
+    seen, base = [], config_lib.default()
+    base.model.dtype, base.train.deterministic = "float64", True
+    monkeypatch.setenv("XLA_FLAGS", "")
+    monkeypatch.setattr(segmenter, "enable_dtype", lambda model: seen.append(model.dtype))
+    train_all(base, [Run(TWO[0], 0)], Results(tmp_path), float("inf"), False)
+    assert seen == ["float64"]
+    assert os.environ["XLA_FLAGS"] == "--xla_gpu_deterministic_ops=true"
+
+
 def test_no_run_starts_that_would_end_after_the_limit(fake, tmp_path, monkeypatch):
     monkeypatch.setattr(fake, "seconds", 40.0)
     results, runs = Results(tmp_path), grid.runs([Variant("fcn", parts("none", "none"), 5)])
@@ -263,6 +288,16 @@ def test_a_run_that_was_cut_off_is_begun_and_keeps_its_budget(fake, tmp_path, mo
     assert not (tmp_path / "unfinished" / run.name).exists()
 
 
+def test_what_a_process_left_that_was_killed_as_its_run_ended_is_cleared(tmp_path):
+    results, (ended, begun, _) = Results(tmp_path), grid.runs(TWO)
+    folders = [results.files(run).unfinished for run in (ended, begun)]
+    results.write(ended, {"seed": 0})
+    for folder in folders:
+        (folder / "checkpoints" / "2").mkdir(parents=True)
+    results.clear([ended, begun])
+    assert [folder.exists() for folder in folders] == [False, True]
+
+
 def test_a_file_is_whole_or_absent(tmp_path, monkeypatch):
     results, run = Results(tmp_path), Run(TWO[0], 0)
     monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -274,7 +309,7 @@ def test_a_file_is_whole_or_absent(tmp_path, monkeypatch):
 
 def test_the_command_lists_its_runs(tmp_path):
     command = [sys.executable, "-m", "duc_dlc_jax.ablate", f"--workdir={tmp_path}", "--list"]
-    command += ["--config=configs/ablation_camvid.py", "--only=duc", "--seeds=0,4"]
+    command += ["--config=configs/ablation_camvid.py", "--only=duc", "--seeds=0,4,0"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
     assert [line.split()[0] for line in result.stdout.splitlines()] == ["duc-seed0", "duc-seed4"]

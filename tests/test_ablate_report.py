@@ -14,6 +14,7 @@ from scipy import stats
 from duc_dlc_jax import config as config_lib
 from duc_dlc_jax import pictures
 from duc_dlc_jax.ablate import crops, grid, plots, report
+from duc_dlc_jax.ablate.__main__ import write_report
 from duc_dlc_jax.ablate.grid import Grid, Run, Variant, parts
 from duc_dlc_jax.ablate.results import Results
 from duc_dlc_jax.ablate.significance import (
@@ -351,8 +352,28 @@ def test_a_workdir_without_runs_is_refused(tmp_path):
         report.write(Results(tmp_path), tmp_path / "page.md", "")
     with pytest.raises(ConfigError, match="no run has ended yet"):
         report.Table(GRID, [])
-    with pytest.raises(ConfigError, match=r"grid\.json lacks: ccl"):
+    with pytest.raises(FileNotFoundError):
+        write_report(Results(tmp_path / "mistyped"), str(tmp_path / "page.md"), GRID, "")
+    assert not (tmp_path / "mistyped").exists()
+
+
+def test_runs_that_are_not_the_grids_are_refused(results, tmp_path):
+    """Nor do they lose their own grid.json; and a variant is what it was when it was run."""
+    with pytest.raises(ConfigError, match=r"the grid lacks: ccl; each grid has a --workdir of it"):
         report.Table(GRID, [result(Variant("ccl", {}), 0, 0.5)])
+    with pytest.raises(ConfigError, match="the grid lacks: jpu"):
+        write_report(results, str(tmp_path / "page.md"), Grid(GRID.variants[:2]), "")
+    assert results.grid() == GRID
+    other = dataclasses.replace(GRID.variants[0], changes=parts("none", "aspp"))
+    with pytest.raises(ConfigError, match=r"fcn-seed0 was run with model\.context='none'; now it"):
+        report.Table(dataclasses.replace(GRID, variants=(other, *GRID.variants[1:])), results.all())
+
+
+def test_a_run_that_was_cut_off_in_a_copy_is_named(results):
+    path = results.folder / "fcn-seed1.json"
+    path.write_text(path.read_text()[:99])
+    with pytest.raises(ConfigError, match=r"fcn-seed1\.json is no whole run: .* Copy it again, or"):
+        results.all()
 
 
 def test_a_grid_survives_its_file():
@@ -393,7 +414,7 @@ def test_crops_are_compared_seed_by_seed_and_shown(tmp_path):
     report.write(results, output, "COMMAND")
     text = output.read_text()
     assert "| 1 | image_0, 2, 0 | 0.400 | 0.800 |" in text
-    assert "|  | mean | 0.350 | 0.600 |" in text
+    assert "|  | mean | 0.350 | 0.600 |\n\nVerdicts as above, after Holm's correction" in text
     half = 100 * half_width([0.2, 0.3])
     assert (
         f"- `duc` - `fcn` (the guidance): higher in 2 of 3 crops; mean over the crops +25.00 ± "

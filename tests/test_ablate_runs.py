@@ -250,8 +250,9 @@ def test_the_crops_follow_from_order_and_labels_alone():
 
 
 def test_an_outline_pixel_has_another_class_beside_it():
-    label = np.array([[0, 0, 1], [0, IGNORE, 1], [2, 2, 1]], np.uint8)
-    expected = np.array([[0, 1, 0], [1, 0, 0], [0, 1, 0]], bool)
+    label = [[0, 0, 1], [0, IGNORE, 1], [2, 2, 1], [IGNORE, 2, IGNORE]]
+    label = np.array(label, np.uint8)
+    expected = np.array([[0, 1, 0], [1, 0, 0], [0, 1, 0], [0, 0, 0]], bool)
     np.testing.assert_array_equal(crops.outline(label), expected)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -209,6 +210,36 @@ def test_rates_of_aspp_follow_the_grid(output_stride, upsampling, rates):
     module = registry.context(net, None, None, None, None)
     assert isinstance(module, ASPP)
     assert module.rates == rates
+
+
+@pytest.mark.parametrize(
+    ("context", "rates"), [("dense_aspp", (3, 6, 12, 18, 24)), ("ccl", (3, 6, 12, 18))]
+)
+def test_rates_are_the_published_ones(context, rates):
+    module = registry.context(model(5, depth=14, context=context), None, None, None, None)
+    assert module.rates == rates
+
+
+@pytest.mark.parametrize(
+    ("context", "expected"),
+    [
+        ("aspp", [(0.5, ())]),
+        ("dense_aspp", [(0.1, (1, 2))] * 4),  # of each branch and before the classifier
+        ("dlc", [(0.1, (1, 2))]),
+    ],
+)
+def test_dropouts_are_the_published_ones(context, expected):
+    """Rate and axes that share a draw, of single values or of whole channels."""
+    found = []
+
+    def note(call, args, kwargs, at):
+        if isinstance(at.module, nn.Dropout):
+            found.append((at.module.rate, tuple(at.module.broadcast_dims)))
+        return call(*args, **kwargs)
+
+    with nn.intercept_methods(note):
+        shapes_of(model(5, **SMALL, context=context))
+    assert found == expected
 
 
 # In the network

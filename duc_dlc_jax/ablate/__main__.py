@@ -20,6 +20,7 @@ from duc_dlc_jax import cli, storage
 from duc_dlc_jax.ablate import grid
 from duc_dlc_jax.ablate.results import Results, weights_digest
 from duc_dlc_jax.config import ConfigError
+from duc_dlc_jax.models import segmenter
 from duc_dlc_jax.progress import clock
 
 
@@ -47,6 +48,8 @@ def train_all(config, runs: list[grid.Run], results: Results, limit: float, weig
     Returns the number of runs that are left. A run that fails is noted, and the next one starts;
     so is the next one taken where another process works on a run.
     """
+    cli.use_deterministic_kernels(config)
+    segmenter.enable_dtype(config.model)
     from duc_dlc_jax.ablate import runner  # late: --list and --report need no accelerator
 
     start, longest, failed = time.monotonic(), {}, set()
@@ -67,7 +70,8 @@ def train_all(config, runs: list[grid.Run], results: Results, limit: float, weig
             own, begin = run.variant.config(config, run.seed), time.monotonic()
             results.check(run, own)  # again: another process may have begun it
             try:
-                data = data or runner.Data(own.data)
+                if data is None or not data.serves(own.data):
+                    data = runner.Data(own.data)
                 if name != current:
                     trainer, current = None, ""  # frees the last one's memory
                     trainer, current = runner.Trainer(own, data), name
@@ -109,7 +113,7 @@ def write_report(results: Results, output: str, whole: grid.Grid | None, command
     """whole: the grid as it is now, which may have grown since the runs."""
     from duc_dlc_jax.ablate import report  # late: SciPy and plots
 
-    if whole:
+    if whole and results.all():  # else a mistyped workdir would be made
         results.write_grid(whole)
     report.write(results, output, command)
     print(f"written: {output}")
@@ -129,7 +133,7 @@ def main(_) -> None:
     if base is None or whole is None:
         raise ConfigError("--config=FILE is missing; see configs/ablation_camvid.py")
     try:
-        seeds = [int(seed) for seed in args.seeds] or None
+        seeds = list(dict.fromkeys(map(int, args.seeds))) or None
     except ValueError as error:
         raise ConfigError(f"--seeds={','.join(args.seeds)}; allowed: 0,1,2") from error
     runs = grid.runs(whole.variants, args.only, seeds)
@@ -143,8 +147,9 @@ def main(_) -> None:
         return
     storage.check(workdir, write=True, flag="--workdir")
     results.write_grid(whole)
+    results.clear(runs)
     cli.use_compilation_cache(workdir)
-    limit = args.stop_after_s or args.max_hours * 3600 or float("inf")
+    limit = args.stop_after_s or float("inf")
     train_all(base, runs, results, limit, args.weights)
     print(f"{summary(runs, results)}; the same command goes on")
 
@@ -156,8 +161,7 @@ if __name__ == "__main__":
     flags.DEFINE_list("seeds", [], "As in 0,1,2; default: as many as each variant says.")
     flags.DEFINE_bool("list", False, "Print the runs and what is done, and end.")
     flags.DEFINE_bool("weights", False, "Also keep each run's final network, weights/NAME.npz.")
-    flags.DEFINE_float("max_hours", 0.0, "Start no run that would end later; 0 = no limit.")
-    flags.DEFINE_float("stop_after_s", 0.0, "The same in seconds.")
+    flags.DEFINE_float("stop_after_s", 0.0, "Start no run that would end later; 0 = no limit.")
     flags.DEFINE_bool("report", False, "Write a page about the runs of --workdir, and end.")
     flags.DEFINE_string("output", "ablation.md", "The page; its plots go into a folder beside it.")
     cli.run(main)

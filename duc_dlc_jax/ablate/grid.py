@@ -6,7 +6,7 @@ import dataclasses
 import fnmatch
 import json
 import runpy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import ml_collections
@@ -71,6 +71,14 @@ class Grid:
     comparisons: Mapping[str, tuple[Question, ...]] = dataclasses.field(default_factory=dict)
     title: str = ""
     recipe: Changes = dataclasses.field(default_factory=dict)
+
+    def check(self, names: Iterable[str]) -> None:
+        """names: of the variants that have runs; raises ConfigError for one that is not its own."""
+        if strange := sorted(set(names) - {variant.name for variant in self.variants}):
+            raise ConfigError(
+                f"there are runs of variants that the grid lacks: {', '.join(strange)}; each grid "
+                "has a --workdir of its own"
+            )
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=1)

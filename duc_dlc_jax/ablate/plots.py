@@ -107,7 +107,10 @@ def _cost(table: Table, axes: Any, cost: Any, label: str) -> None:
         x, y = cost(name), float(np.mean(values))
         axes.errorbar(x, y, _error(values), fmt="o", capsize=3, color=color)
         axes.annotate(name, (x, y), (4, 4), textcoords="offset points", fontsize=7, color=color)
+    axes.margins(x=0.15)  # room for the name of the rightmost
     axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("{x:g}")
     axes.set(xlabel=label, ylabel="val mIoU")
     axes.grid(alpha=0.3)
 

@@ -247,20 +247,21 @@ def _crops(table: Table) -> str:
     )
     head = ["crop", "image, left, top", *(f"`{name}`" for name in found)]
     parts = ["## The same crops through each network", "", text, "", markdown.table(head, rows)]
-    parts.append("")
     questions = table.main_questions()
     pairs = [(found.get(a, {}), found.get(b, {})) for a, b, _ in questions]
     differences = [paired(_over_crops(a), _over_crops(b)) for a, b in pairs]
-    told = verdicts(differences)
+    told, lines = verdicts(differences), []
     for i, (a, b, question) in enumerate(questions):
         if common := sorted(pairs[i][0].keys() & pairs[i][1].keys()):
             one, two = (np.mean([runs[seed] for seed in common], axis=0) for runs in pairs[i])
-            parts.append(
+            lines.append(
                 f"- `{b}` - `{a}` ({question}): higher in {int(np.sum(two > one))} of {len(first)} "
                 f"crops; mean over the crops {interval(differences[i])} points, {len(common)} "
                 f"seed{'s' * (len(common) != 1)}, {told[i]}."
             )
-    return "\n".join(parts).rstrip()
+    if lines:
+        parts += ["", "Verdicts as above, after Holm's correction over the family:", "", *lines]
+    return "\n".join(parts)
 
 
 def _over_crops(runs: dict[int, list[float]]) -> dict[int, float]:

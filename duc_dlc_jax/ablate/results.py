@@ -115,7 +115,7 @@ class Results:
     def done(self, run: Run) -> dict[str, Any] | None:
         """What the run wrote when it ended."""
         path = self.path(run)
-        return json.loads(path.read_text()) if path.exists() else None
+        return _read(path) if path.exists() else None
 
     def failure(self, run: Run) -> str:
         """Why the run failed; empty if it did not."""
@@ -124,8 +124,14 @@ class Results:
 
     def write(self, run: Run, result: dict[str, Any]) -> None:
         storage.write_whole(self.path(run), json.dumps(result, indent=1) + "\n")
-        self.path(run).with_suffix(".failed").unlink(missing_ok=True)
-        shutil.rmtree(self._unfinished(run), ignore_errors=True)
+        self.clear([run])
+
+    def clear(self, runs: Sequence[Run]) -> None:
+        """Removes what ended runs need no more; processes that were killed just then left it."""
+        for run in runs:
+            if self.path(run).exists():
+                self.path(run).with_suffix(".failed").unlink(missing_ok=True)
+                shutil.rmtree(self._unfinished(run), ignore_errors=True)
 
     def write_failure(self, run: Run, error: Exception) -> None:
         text = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
@@ -137,6 +143,8 @@ class Results:
         return {p.stem: p.read_text().strip() for p in paths if not p.with_suffix(".json").exists()}
 
     def write_grid(self, grid: Grid) -> None:
+        """Raises ConfigError where the workdir is another grid's, and leaves it as it was."""
+        grid.check(result["variant"] for result in self.all())
         storage.write_whole(self.folder.parent / "grid.json", grid.to_json() + "\n")
 
     def grid(self) -> Grid:
@@ -150,7 +158,7 @@ class Results:
 
     def all(self) -> list[dict[str, Any]]:
         """Every ended run in the folder."""
-        return [json.loads(path.read_text()) for path in sorted(self.folder.glob("*.json"))]
+        return [_read(path) for path in sorted(self.folder.glob("*.json"))]
 
     def check(self, run: Run, config: ml_collections.ConfigDict, digest: str = "") -> None:
         """Raises ConfigError where a run was made, or begun, with another configuration than now.
@@ -176,3 +184,13 @@ class Results:
                 f"{path} was run with {', '.join(changed)}; set it so again, remove it, or use "
                 "another --workdir"
             )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A run's file; raises ConfigError where it is cut off, as a broken copy is."""
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ConfigError(
+            f"{path} is no whole run: {error}. Copy it again, or remove it and the run is done anew"
+        ) from error

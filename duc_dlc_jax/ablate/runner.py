@@ -50,10 +50,17 @@ LOSSES_EVERY = 20  # steps that are in flight at most
 class Data:
     """The two splits, decoded once (data.in_memory) for all runs of the process; val's crops."""
 
+    FIELDS = ("name", "dir", "staging_dir", "train_split", "eval_split", "in_memory")
+
     def __init__(self, data: ml_collections.ConfigDict):
+        self._opened = [data[field] for field in self.FIELDS]
         self.train = open_records(data, data.train_split)
         self.val = open_records(data, data.eval_split)
         self.crops = crops.choose(self.val)
+
+    def serves(self, data: ml_collections.ConfigDict) -> bool:
+        """Whether these are the splits of `data`: a variant may name others."""
+        return self._opened == [data[field] for field in self.FIELDS]
 
 
 @dataclasses.dataclass

@@ -31,10 +31,8 @@ class Table:
     def __init__(self, grid: Grid, found: Sequence[Result]):
         if not found:
             raise ConfigError("no run has ended yet: there is nothing to report")
+        grid.check(r["variant"] for r in found)
         listed = {variant.name: variant for variant in grid.variants}
-        unknown = sorted({r["variant"] for r in found} - listed.keys())
-        if unknown:
-            raise ConfigError(f"runs of variants that grid.json lacks: {', '.join(unknown)}")
         _check_budgets(found, listed)
         by_name = collections.defaultdict(list)
         for result in sorted(found, key=lambda r: r["seed"]):
@@ -167,7 +165,12 @@ def _check_budgets(found: Sequence[Result], listed: dict) -> None:
         changed = {*listed[result["variant"]].changes, "seed"}
         config = config_lib.default().unlock()
         config.update(result["config"])
-        shared = budget(config)
+        shared, had = budget(config), dict(config_lib.fields(config))
+        for field, value in listed[result["variant"]].changes.items():
+            if _plain(had[field]) != _plain(value):
+                raise ConfigError(
+                    f"{name} was run with {field}={had[field]!r}; now it is {value!r}"
+                )
         if digest := result.get("weights_sha256"):
             shared["init.weights, by SHA-256,"] = digest
         for field, value in shared.items():

@@ -148,6 +148,12 @@ SLIPS = (
         "O = a * G~ + b at each cell, G~ the guidance features brought to I_m's grid.",
     ),
     (
+        "III.A",
+        "Making the guided filter a learnable layer is credited to Xu et al. [37], whose deep "
+        "edge-aware filters are another thing; it is Wu et al.'s [34], as section II says.",
+        "`upsampling=guided_filter` is Wu et al.'s.",
+    ),
+    (
         "III.B, Fig. 3",
         '"A convolution layer with stride 4" from full resolution gives 1/4; the size that the '
         "text wants, that of I_m (C3), is 1/8.",
@@ -191,8 +197,19 @@ SLIPS = (
     ("III.C", '"The DCU".', "DUC."),
     (
         "III.C",
+        '"Compared to DenseASPP, we use a 1x1 convolution before the input of each dilated '
+        'convolution": DenseASPP has these too, 512 wide; its 6.48M parameters count them.',
+        "Smaller are DLC's 1x1, 128 wide, and its input, which a 1x1 reduces first.",
+    ),
+    (
+        "III.C",
         '"We omit the dilation rate of 24 in our DUC module".',
         "DLC: its rates are 3, 6, 12, 18.",
+    ),
+    (
+        "IV.A",
+        "ADE20K has 3,169 labels here; how many are trained and scored is not said.",
+        "The 150 of SceneParse150.",
     ),
     (
         "IV.A",
