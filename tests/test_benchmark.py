@@ -15,11 +15,21 @@ import networks as networks_of_tests
 import runs
 from duc_dlc_jax import programs, train_step
 from duc_dlc_jax.benchmark import __main__ as benchmark
-from duc_dlc_jax.benchmark import bundles, floor, layers, memory, networks, profile, timing
+from duc_dlc_jax.benchmark import (
+    bundles,
+    floor,
+    layers,
+    memory,
+    networks,
+    profile,
+    tables,
+    timing,
+)  # fmt: skip
 from duc_dlc_jax.benchmark.figures import Figures
 from duc_dlc_jax.config import ConfigError
 from duc_dlc_jax.data.labels import label_spec
 from duc_dlc_jax.models import counts, segmenter
+from repository import ROOT
 
 pytestmark = pytest.mark.commands
 
@@ -83,6 +93,41 @@ def test_other_networks_and_options(figures):
     assert other["seconds"] == np.median(other["rounds"]) > 0
     assert UNKNOWN.split("=")[0] in values["networks"][UNKNOWN]["failed"]
     assert f"{UNKNOWN}: failed: " in printed
+
+
+def test_tables_have_what_was_measured(figures):
+    page = tables.page(figures[0])
+    train, other = figures[0]["train"], figures[0]["networks"][OTHER]
+    assert f"| train, 4 of 64x64 | {tables.rate(train)}, " in page
+    ratio = other["seconds"] / train["seconds"]
+    assert f"| {OTHER} | {tables.rate(other)} | {ratio:.3f} | " in page
+    assert f"| {UNKNOWN} | " in page
+    assert "| guidance | " in page
+    row = {"seconds": 0.001, "temporary_bytes": 2**20, "flop": 1}
+    kinds = dict.fromkeys(("forward", "input gradient", "weight gradient"), 2e-3)
+    torch = {"1 -> 2, 3x3, 4": kinds | {"clock": "graph"}}
+    layer = {"1 -> 2, 3x3, 4": {"flop": 1, "calls": 50, "forward": 1e-3, "error": 0}}
+    page = tables.page({"layers": layer, "layers_torch": torch, "losses": {"19 classes": row}})
+    assert "| 1 -> 2, 3x3, 4 | 1.000 | 2.000 | 2.000 | 2.000 |" in page
+    assert "| 19 classes | 1 ms | 1 MiB |" in page
+    memory = {
+        "a": {"images_per_device": 7, "limit_bytes": 2**30, "failed": "so"},
+        "b": {"half": {}},
+    }
+    fed = {"on_device": {"images_per_second": {"records": 1, "one_batch": 2}, "ratio": 0.5}}
+    page = tables.page({"memory": memory, "fed": fed})
+    assert "| a | 7 | 1.0 GiB | so |" in page
+    assert "| on_device | 1.0 | 2.0 | 0.500 |" in page
+
+
+def test_the_page_of_speed_has_the_figures_of_its_files():
+    page = (ROOT / "docs" / "performance.md").read_text()
+    for file in (ROOT / "docs" / "results" / "speed").iterdir():
+        values = json.loads(file.read_text())
+        for row in (values[what] for what in ("train", "infer") if what in values):
+            assert tables.ms(row["seconds"]).replace(" ms", "") in page
+            for way in row["peer"]["ways"].values():
+                assert ", ".join(f"{ratio:.2f}" for ratio in way["ratios"]) in page
 
 
 def test_what_the_file_holds_is_not_measured_again(figures):
@@ -186,6 +231,15 @@ def test_a_figure_is_written_at_once_and_measured_once(tmp_path):
     figures.keep(("networks", "b"), {"rounds": [1]})
     assert figures.found(("networks", "b"), {"steps": (1, 3)}) is None
     assert set(json.loads(file.read_text())) == {"networks", "device"}
+    figures = Figures(
+        str(file), seconds=100
+    )  # a row of networks is taken to last 60, of memory 200
+    assert figures.once(("memory", "a"), {}, measure) is None
+    figures.keep(("networks", "a"), {"took_seconds": 101})
+    assert figures.once(("networks", "c"), {}, measure) is None
+    figures.keep(("networks", "a"), {"took_seconds": 9})
+    assert figures.once(("networks", "c"), {}, measure)["took_seconds"] < 1
+    assert figures.left == ["memory a", "networks c"]
     file.write_text("[1, 2")
     with pytest.raises(ConfigError, match="holds no figures"):
         Figures(str(file))

@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -61,6 +62,37 @@ def test_a_flipped_bit_is_noticed(packed, tmp_path):
     assert not (tmp_path / "there").exists()
 
 
+def test_what_the_package_needs_is_packed_and_nothing_else(tmp_path):
+    """With an interpreter whose pip downloads nothing, and builds what has no wheel."""
+    python, there = tmp_path / "python", tmp_path / "freeze.txt"
+    python.write_text(
+        "#!/usr/bin/env bash\n"
+        f'[[ "$2" == pip ]] || exec {sys.executable} "$@"\n'
+        f'name="${{@: -1}}"; echo "$3 $name" >>{tmp_path}/pip\n'
+        '[[ "$3" == download ]] || { mkdir -p "$7" && touch "$7/promise-1-py3-none-any.whl"; }\n'
+        '[[ "$3 $name" != "download promise"* ]]\n'
+    )
+    python.chmod(0o755)
+    result = run("pack", tmp_path / "parts", "--have=jax,numpy,torch", PYTHON=str(python))
+    assert result.returncode == 0, result.stderr
+    asked = [line.split() for line in (tmp_path / "pip").read_text().splitlines()]
+    names = {pin.partition("==")[0].lower() for _, pin in asked}
+    assert {"grain", "array-record", "optax", "tensorflow-datasets", "promise"} <= names
+    assert (
+        not {"jax", "jaxlib", "numpy", "scipy", "tensorflow-cpu", "torch", "moto", "trio"} & names
+    )
+    assert [pin.partition("==")[0] for verb, pin in asked if verb == "wheel"] == ["promise"]
+    packed = subprocess.run(["tar", "-tf", tmp_path / "parts" / "part-000"], capture_output=True)
+    assert b"wheels/promise-1-py3-none-any.whl" in packed.stdout
+    (tmp_path / "pip").unlink()
+    there.write_text("\n".join(sorted(names - {"grain"})) + "\nSciPy @ file:///x\nNumPy==2.5\n")
+    run("pack", tmp_path / "again", f"--have={there}", PYTHON=str(python))
+    left = {
+        line.split()[1].partition("==")[0] for line in (tmp_path / "pip").read_text().splitlines()
+    }
+    assert left == {"grain", "jax", "jaxlib", "ml-dtypes", "opt-einsum"}
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -69,8 +101,9 @@ def test_a_flipped_bit_is_noticed(packed, tmp_path):
         (["pack", "out", "--part_mib=x"], "a number of MiB"),
         (
             ["measure", "out", "dance"],
-            "unknown job dance; there are step networks layers memory fed resume",
+            "unknown job dance; there are options step remat layers networks resume fed",
         ),
+        (["measure", "out", "--second=5"], "unknown option --second=5; --seconds=N is one"),
         (["fly"], "pack, unpack or measure"),
     ],
 )
@@ -97,6 +130,7 @@ def measured(tmp_path):
 
     def measure(*jobs, breaks="", **variables):
         variables = {"JAX_COMPILATION_CACHE_DIR": "", "XLA_FLAGS": ""} | variables
+        jobs = sorted(jobs, key=lambda job: not job.startswith("--"))  # options first
         result = run("measure", out, *jobs, PYTHON=str(python), BREAKS=breaks, **variables)
         commands = [line.split("|") for line in (tmp_path / "commands").read_text().splitlines()]
         lines = (out / "jobs.jsonl").read_text().splitlines()
@@ -145,11 +179,28 @@ def test_the_step_is_timed_with_defaults_and_profiled_without_graphs(measured, t
 
 
 def test_the_cache_that_is_given_and_measuring_again(measured):
-    _, commands, _ = measured("memory", JAX_COMPILATION_CACHE_DIR="/elsewhere", AGAIN="1")
+    _, commands, _ = measured(
+        "remat", "largest", JAX_COMPILATION_CACHE_DIR="/elsewhere", AGAIN="1", FIELDS="--config.a=1"
+    )
     assert [cache for cache, *_ in commands] == ["/elsewhere"] * 2
     timed, largest = (command for *_, command in commands)
     assert "--again" in timed
-    assert "--what=networks" in timed
+    assert "--what=train,networks" in timed
     assert "50/32@480x16+train.accumulate=2" in timed
     assert "--what=memory" in largest
     assert "50/32@480x16+model.remat=all" in largest
+    assert all("--config.a=1" in command for *_, command in commands)
+    assert not any("--stop_after_s" in command for *_, command in commands)
+
+
+def test_no_job_begins_that_might_end_too_late(measured):
+    """Of 199 seconds the benchmark gets what is left; runs that take 300 and 200 get none."""
+    result, commands, _ = measured(
+        "resume", "camvid", "layers", "grid", "--seconds=199", WEIGHTS="w", DATA_DIR="d"
+    )
+    assert result.returncode == 0, result.stderr
+    for job in ("resume", "camvid"):
+        assert f"not begun, for want of time: {job}" in result.stdout
+    assert len(commands) == 3
+    for *_, command in commands:
+        assert 150 <= int(command.split("--stop_after_s=")[1]) <= 180

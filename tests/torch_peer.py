@@ -11,8 +11,7 @@ says bfloat16, says how far it is from the package, and then answers lines of JS
     {"steps": N} -> {"seconds": of a call of what was prepared, "peak_bytes": on a GPU}
     {"groups": N} -> {"groups": {layer group: seconds}} of one image labelled in eager mode
 
-or {"error": what was raised}. Where settings.json has shapes, it times single convolutions instead
-and prints their seconds.
+or {"error": what was raised}.
 """
 
 from __future__ import annotations

@@ -19,7 +19,8 @@ and says the most memory that the process had: start a process for each figure.
 
 --json is written after each figure, and keeps what the file held. Of train, infer, fed, layers,
 networks and memory, what is there for the same configuration, options, devices and versions is not
-measured again unless --again says so.
+measured again unless --again says so, and with --stop_after_s none is begun that might end later,
+by what those before it took or, of the first, by an estimate: the last line names them.
 """
 
 from __future__ import annotations
@@ -63,16 +64,22 @@ def show_rates(what: str, r: dict[str, Any]) -> None:
     print(f"memory of the program: {r['peak_bytes_per_device'] / 2**20:,.0f} MiB per device")
 
 
-def show_peer(what: str, r: dict[str, Any]) -> None:
-    """Prints what `model.beside_peer` yielded last."""
-    for way, found in r["peer"]["ways"].items():
-        pairs = ", ".join(f"{ratio:.2f}" for ratio in found["ratios"])
-        seconds = f"{1000 * found['seconds']:.1f} ms, g(I) as {found['guidance']}"
-        print(f"{what}, PyTorch, {way}: {seconds}; its time over ours: {pairs}")
-    for way, reason in r["peer"]["failed"].items():
-        print(f"{what}, PyTorch, {way}: failed: {reason}")
-    if r["peer"]["fastest"]:
-        print("{}: PyTorch's time over ours: {ratio:.2f} ({fastest})".format(what, **r["peer"]))
+def show_way(what: str, way: str, row: dict[str, Any]) -> None:
+    """Prints what `model.beside_peer` returned."""
+    if "failed" in row:
+        print(f"{what}, PyTorch, {way}: failed: {row['failed']}")
+        return
+    pairs = ", ".join(f"{ratio:.2f}" for ratio in row["ratios"])
+    seconds = f"{1000 * row['seconds']:.1f} ms, g(I) as {row['guidance']}"
+    print(f"{what}, PyTorch, {way}: {seconds}; its time over ours: {pairs}")
+
+
+def show_fastest(what: str, ways: dict[str, dict[str, Any]]) -> None:
+    """Prints the ratio of PyTorch's fastest way, if one ran."""
+    if timed := {way: row for way, row in ways.items() if "seconds" in row}:
+        best = min(timed, key=lambda way: timed[way]["seconds"])
+        ratio = np.median(timed[best]["ratios"])
+        print(f"{what}: PyTorch's time over ours: {ratio:.2f} ({best})")
 
 
 def show_profile(what: str, r: dict[str, Any]) -> None:
@@ -109,6 +116,8 @@ def rates(args: Any, kinds: list[str], figures: Figures) -> None:
     ceilings = figures.once(
         ("ceilings",), conditions(None, dtype=dtype), lambda: floor.ceilings(dtype)
     )
+    if ceilings is None:
+        return
     work = model.Work(args.config, size, ceilings)
     figures.update(work.setting())
     print("{devices} x {device}, {dtype}, {classes} classes, JAX {jax}".format(**work.setting()))
@@ -117,8 +126,8 @@ def rates(args: Any, kinds: list[str], figures: Figures) -> None:
     if "networks" in kinds:
         for name, (config, options) in plan.items():
             call = functools.partial(networks.timed, work, config, options, args.steps, args.rounds)
-            row = figures.once(("networks", name), of(config, options=options), call)
-            show_rates(name, row)
+            if row := figures.once(("networks", name), of(config, options=options), call):
+                show_rates(name, row)
     if "memory" in kinds:
         named = {name: plan[name][0] for name in args.networks} or {"configured": args.config}
         for name, config in named.items():
@@ -127,39 +136,62 @@ def rates(args: Any, kinds: list[str], figures: Figures) -> None:
 
 def beside_peer(args: Any, kinds: list[str], work: model.Work, figures: Figures) -> None:
     """Measures and prints `train` and `infer`: ours, PyTorch's ways, the profiles."""
-    programs: dict[str, Any] = {}
-    asked: dict[str, dict[str, Any]] = {}
     if args.peer:
         peers.check()
         peers.check_config(args.config, kinds, work.mesh.size)
+    of: dict[str, dict[str, Any]] = {}
+
+    @functools.cache
+    def program(what: str) -> model.Step | model.Labelling:
+        return work.step() if what == "train" else model.Labelling(work)
+
     for what in (what for what in ("train", "infer") if what in kinds):
-        peer = args.peer and [args.ways, args.threads]
         size = work.crop if what == "train" else work.size
-        options = {"steps": args.steps, "rounds": args.rounds, "size": size, "peer": peer}
-        asked[what] = conditions(args.config, **options, profile=args.profile)
-        if figures.found((what,), asked[what]) is None:
-            programs[what] = work.step() if what == "train" else model.Labelling(work)
-            row = model.timed_step(work, programs[what], args.steps, args.rounds, what)
-            show_rates(what, figures.keep((what,), row))
-        else:
-            print(f"{what}: in {args.json} already; --again measures it again")
-            show_rates(what, figures.values[what])
-    rows = {what: figures.values[what] for what in programs}
-    if args.peer and programs:
-        with contextlib.closing(peer_of(args, work, list(programs))) as peer:
-            figures.update({"peer": {"torch": peer.version, "differences": peer.differences}})
-            for what, program in programs.items():
-                how = what, program, args.ways, args.steps, args.rounds
-                for rows[what]["peer"] in model.beside_peer(peer, *how):
-                    figures.write()
-                show_peer(what, rows[what])
-            if args.profile and rows.get("infer", {}).get("peer", {}).get("ways"):
-                rows["infer"]["peer_groups"] = peer.groups(5)
-    for what, program in programs.items():
-        if args.profile:
-            rows[what] |= model.profiled(work, program)
-            show_profile(what, rows[what])
-        figures.keep((what,), rows[what] | {"of": asked[what]})
+        same = conditions(args.config, steps=args.steps, rounds=args.rounds, size=size)
+
+        def ours(what: str = what) -> dict[str, Any]:
+            return model.timed_step(work, program(what), args.steps, args.rounds, what)
+
+        if row := figures.once((what,), same, ours):
+            of[what] = same
+            show_rates(what, row)
+    if args.peer:
+        measure_ways(args, of, work, program, figures)
+    for what in of:
+        row = figures.values[what]
+        show_fastest(what, row.get("peer", {}).get("ways", {}))
+        if args.profile and ("profile" in row or figures.time_for(what, "profile")):
+            if "profile" not in row:
+                row = figures.keep((what,), row | model.profiled(work, program(what)))
+            show_profile(what, row)
+
+
+def measure_ways(
+    args: Any, of: dict[str, dict[str, Any]], work: model.Work, program: Any, figures: Figures
+) -> None:
+    """Measures and prints PyTorch's ways of what is in `of`: all kinds in one, then in the next."""
+    peer: Any = None
+    with contextlib.ExitStack() as stack:
+        for way in args.ways:
+            for what, setting in of.items():
+                at = what, "peer", "ways", way
+                same = setting | {"threads": args.threads}
+                if peer is None and figures.found(at, same) is None:
+                    if not figures.time_for("peer"):
+                        return
+                    peer = stack.enter_context(contextlib.closing(peer_of(args, work, list(of))))
+                    said = {"torch": peer.version, "differences": peer.differences}
+                    figures.update({"peer": said})
+
+                def beside(peer: Any = peer, what: str = what, way: str = way) -> dict[str, Any]:
+                    how = program(what), way, args.steps, args.rounds
+                    return model.beside_peer(peer, what, *how)
+
+                if row := figures.once(at, same, beside):
+                    show_way(what, way, row)
+        infer = figures.values.get("infer", {})
+        if args.profile and peer and "infer" in of and "peer_groups" not in infer:
+            figures.keep(("infer",), infer | {"peer_groups": peer.groups(5)})
 
 
 def measure_memory(name: str, config: Any, ceilings: Any, gib: float, figures: Figures) -> None:
@@ -174,7 +206,8 @@ def measure_memory(name: str, config: Any, ceilings: Any, gib: float, figures: F
         figures.keep(where, {"half": known | {"of": of}})
 
     call = functools.partial(memory.largest, config, ceilings, limit, tried, keep)
-    memory.show(name, figures.once(where, of, call))
+    if row := figures.once(where, of, call):
+        memory.show(name, row)
 
 
 def show_fed(name: str, result: dict[str, Any]) -> None:
@@ -213,17 +246,21 @@ def measure_layers(args: Any, figures: Figures) -> None:
     shapes = {layers.name(shape): shape for shape in layers.SHAPES}
     for name, shape in shapes.items():
         call = functools.partial(layers.row, shape, dtype, batch, steps)
-        layers.show(name, figures.once(("layers", name), of, call))
+        if row := figures.once(("layers", name), of, call):
+            layers.show(name, row)
     for classes in (19, 150):
         named, arrays = layers.loss_functions(classes, batch, config.data.crop_size)
         for name, function in named.items():
             name = f"{classes} classes, {name}"
             call = functools.partial(layers.loss_row, function, *arrays, steps)
-            layers.show_loss(name, figures.once(("losses", name), of, call))
+            if row := figures.once(("losses", name), of, call):
+                layers.show_loss(name, row)
     if args.peer:
         where = "layers_torch"
         missing = {n: s for n, s in shapes.items() if figures.found((where, n), of) is None}
-        for name, row in layers.torch_rows(missing, dtype, batch, steps) if missing else ():
+        if not missing or not figures.time_for(where):
+            return
+        for name, row in layers.torch_rows(missing, dtype, batch, steps):
             layers.show(name, figures.keep((where, name), row | {"of": of}))
 
 
@@ -234,7 +271,8 @@ def measure_fed(args: Any, figures: Figures) -> None:
     name = "on_device" if data.on_device else name
     of = conditions(args.config, steps=args.steps)
     call = functools.partial(model.fed, args.config, args.steps)
-    show_fed(name, figures.once(("fed", name), of, lambda: call() | inputs.machine()))
+    if row := figures.once(("fed", name), of, lambda: call() | inputs.machine()):
+        show_fed(name, row)
 
 
 def measure_growth(args: Any) -> dict[str, Any]:
@@ -276,7 +314,7 @@ def main(_) -> None:
     segmenter.enable_dtype(args.config.model)
     if args.json:
         storage.check(args.json, write=True, flag="--json", file=True)
-    figures = Figures(args.json, args.again)
+    figures = Figures(args.json, args.again, args.stop_after_s)
     if args.evaluate:
         figures.update(measure_evaluation(args))
         return
@@ -290,6 +328,8 @@ def main(_) -> None:
         figures.update(measure_input(args))
     if "fed" in args.what:
         measure_fed(args, figures)
+    if figures.left:
+        print(f"not begun, for want of time: {', '.join(figures.left)}; the same command goes on")
 
 
 if __name__ == "__main__":
@@ -320,6 +360,7 @@ if __name__ == "__main__":
     cli.define_protocol()
     flags.DEFINE_float("memory_gib", 0.0, "With --what=memory: of a device; 0: what it has.", 0.0)
     flags.DEFINE_string("json", "", "Also write the figures to this file.")
+    flags.DEFINE_float("stop_after_s", 0.0, "Begin no row that might end later; 0: no limit.", 0.0)
     flags.DEFINE_bool("again", False, "Measure what --json holds already, too.")
     flags.mark_flags_as_required(["config"])
     cli.run(main)

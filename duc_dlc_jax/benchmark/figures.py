@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,13 @@ import ml_collections
 import duc_dlc_jax
 from duc_dlc_jax import config as config_lib
 from duc_dlc_jax import storage
+
+# Seconds that a row may take on a GPU with nothing compiled, by its name or its section's, until
+# one of the section says what they take. "peer" is PyTorch's start, and that both compute the same.
+EXPECTED = {
+    "train": 70, "infer": 50, "profile": 30, "peer": 90, "eager": 40, "compile": 110,
+    "networks": 60, "memory": 200, "layers": 15, "losses": 15, "layers_torch": 60, "fed": 50,
+}  # fmt: skip
 
 
 def conditions(config: ml_collections.ConfigDict | None, **options: Any) -> dict[str, Any]:
@@ -34,13 +42,21 @@ def conditions(config: ml_collections.ConfigDict | None, **options: Any) -> dict
 class Figures:
     """What --json holds, with what it held before: `values`, by sections and their rows.
 
-    A row says in `of` the `conditions` it was measured in. One that failed is a row too. A command
-    that is cut off loses no row, and goes on with those that are missing.
+    A row says in `of` the `conditions` it was measured in, and in took_seconds how long that was,
+    compilation and all. One that failed is a row too. A command that is cut off loses no row, and
+    goes on with those that are missing.
+
+    Attributes:
+      left: names of the rows that were not begun for want of time.
     """
 
-    def __init__(self, path: str = "", again: bool = False):
-        """again: rows that are there are measured again. Raises ConfigError for a file not ours."""
+    def __init__(self, path: str = "", again: bool = False, seconds: float = 0.0):
+        """again: rows that are there are measured again. seconds: begin no row that might end later
+        than this from now; 0: no limit. Raises ConfigError for a file not ours.
+        """
         self._path, self._again = Path(path) if path else None, again
+        self._end = time.perf_counter() + seconds if seconds else float("inf")
+        self.left: list[str] = []
         self.values: dict[str, Any] = {}
         if self._path and self._path.is_file():
             try:
@@ -52,14 +68,30 @@ class Figures:
 
     def once(
         self, where: tuple[str, ...], of: dict[str, Any], measure: Callable[[], dict[str, Any]]
-    ) -> dict[str, Any]:
-        """The row at `where` (section, name), measured unless it is there with the same `of`."""
-        row = self.found(where, of)
-        if row is None:
-            row = self.keep(where, measure() | {"of": of})
-        else:
+    ) -> dict[str, Any] | None:
+        """The row at `where` (section, name), measured unless it is there with the same `of`.
+
+        None where there is no time for it.
+        """
+        if row := self.found(where, of):
             print(f"{', '.join(where)}: in {self._path} already; --again measures it again")
-        return row
+            return row
+        if not self.time_for(*where):
+            return None
+        start = time.perf_counter()
+        row = measure()
+        return self.keep(where, row | {"of": of, "took_seconds": time.perf_counter() - start})
+
+    def time_for(self, *where: str) -> bool:
+        """Whether a row may begin; if not it is in `left`."""
+        rows = self.values.get(where[0], {}).values() if len(where) == 2 else ()
+        took = [r["took_seconds"] for r in rows if isinstance(r, dict) and "took_seconds" in r]
+        name = where[-1].removesuffix("-nchw")
+        expected = max(took, default=EXPECTED.get(name, EXPECTED.get(where[0], 0)))
+        if time.perf_counter() + expected <= self._end:
+            return True
+        self.left.append(" ".join(where))
+        return False
 
     def found(self, where: tuple[str, ...], of: dict[str, Any]) -> dict[str, Any] | None:
         """The row at `where` if it was measured in these conditions, or None."""

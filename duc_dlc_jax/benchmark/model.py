@@ -7,7 +7,7 @@ import functools
 import resource
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -202,36 +202,27 @@ def profiled(work: Work, step: Step | Labelling) -> dict[str, Any]:
 
 
 def beside_peer(
-    peer: Peer, what: str, step: Step | Labelling, ways: Sequence[str], steps: int, rounds: int
-) -> Iterator[dict[str, Any]]:
-    """PyTorch's ways one after the other, each in rounds that alternate with ours.
+    peer: Peer, what: str, step: Step | Labelling, way: str, steps: int, rounds: int
+) -> dict[str, Any]:
+    """PyTorch's training or labelling in one of its ways, in rounds that alternate with ours.
 
-    Yields after each way what is known so far: of each its rounds and ours, their ratios pair by
-    pair, the form of g(I) and PyTorch's most bytes; why others failed; the fastest and its ratio.
+    {median seconds, its rounds and ours, their ratios pair by pair, the form of g(I), PyTorch's
+    most bytes}, or {failed: why}.
     """
-    found: dict[str, dict[str, Any]] = {}
-    failed: dict[str, str] = {}
-    result: dict[str, Any] = {"ways": found, "failed": failed, "fastest": None, "ratio": None}
-    for way in ways:
-        try:
-            guidance = peer.prepare(what, way)
-            pairs = [(_round(step, steps), peer.seconds(steps)) for _ in range(rounds)]
-        except ConfigError as error:
-            failed[way] = str(error)
-        else:
-            ours, theirs = (list(seconds) for seconds in zip(*pairs, strict=True))
-            found[way] = {
-                "seconds": statistics.median(theirs),
-                "rounds": theirs,
-                "ours": ours,
-                "ratios": [t / o for o, t in pairs],
-                "guidance": guidance,
-                "peak_bytes": peer.peak_bytes,
-            }
-            fastest = min(found, key=lambda way: found[way]["seconds"])
-            ratio = statistics.median(found[fastest]["ratios"])
-            result |= {"fastest": fastest, "ratio": ratio}
-        yield result
+    try:
+        guidance = peer.prepare(what, way)
+        pairs = [(_round(step, steps), peer.seconds(steps)) for _ in range(rounds)]
+    except ConfigError as error:
+        return {"failed": str(error)}
+    ours, theirs = (list(seconds) for seconds in zip(*pairs, strict=True))
+    return {
+        "seconds": statistics.median(theirs),
+        "rounds": theirs,
+        "ours": ours,
+        "ratios": [t / o for o, t in pairs],
+        "guidance": guidance,
+        "peak_bytes": peer.peak_bytes,
+    }
 
 
 def evaluation(config: ml_collections.ConfigDict, size: tuple[int, int], steps: int = 1) -> dict:
