@@ -149,7 +149,7 @@ class _Loop:
     def run(self, state: TrainState, batches: Iterator) -> dict[str, Any]:
         """From `first` on; returns the scores of the last evaluation.
 
-        Raises Stopped after SIGTERM or SIGINT, with the state saved.
+        Raises Stopped after one of `errors.STOP_SIGNALS`, with the state saved.
         """
         first, seed = self.first, np.uint32(self.config.seed)
         self.goodput.started()
