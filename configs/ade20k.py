@@ -17,6 +17,5 @@ def get_config():
     config.data.workers = 8
     config.model.dtype = "bfloat16"
     config.train.eval_every = 15000
-    config.train.checkpoint_every = 1000
     config.eval.pad_sides = (512, 704, 768, 1024, 1536, 2048)  # 11 programs: a side is <= 512
     return config

@@ -61,6 +61,8 @@ def text(d: dict[str, Any]) -> str:
 def main(_) -> None:
     args = flags.FLAGS
     config_lib.validate(args.config)
+    if bool(args.devices) + bool(args.topology) + args.hours > 1:
+        raise config_lib.ConfigError("of --devices, --topology and --hours one at a time")
     if args.devices:
         what = f"{args.devices} devices"
         make = functools.partial(forecast.on_cpu_devices, args.config, args.devices)
@@ -79,7 +81,7 @@ def main(_) -> None:
 if __name__ == "__main__":
     config_flags.DEFINE_config_file("config", None, "Configuration, see configs/.")
     flags.DEFINE_bool("json", False, "Print JSON.")
-    flags.DEFINE_integer("devices", 0, "FLOPs and collectives on so many devices.")
+    flags.DEFINE_integer("devices", 0, "FLOPs and collectives on so many devices.", lower_bound=0)
     flags.DEFINE_string("topology", "", "Memory, time and efficiency on a TPU slice: v5e:4x4.")
     flags.DEFINE_bool("hours", False, "Hours of the training on devices whose step was timed.")
     flags.DEFINE_bool("full_effort", False, "Compile for --topology as for running: slow.")

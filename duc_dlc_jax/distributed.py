@@ -28,6 +28,7 @@ ENDED = "duc_dlc_jax/ended"  # with JAX's coordination service: [process, exit c
 ALIVE = "duc_dlc_jax/alive"  # below it each process counts, to show that it is there
 LOOK_EVERY = 2.0  # seconds between two looks for the first, and two counts
 MEET_WITHIN = 24 * 3600  # seconds; a process that is lost meanwhile ends the others earlier
+_MEETINGS = itertools.count()
 
 # What an indexed job of Kubernetes and launch/kubernetes.yaml set.
 KUBERNETES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JOB_COMPLETION_INDEX")
@@ -71,12 +72,14 @@ def several() -> bool:
 
 
 def meet(where: str) -> None:
-    """Waits, at any place once, until every process of the run is there.
+    """Waits until every process of the run is there, for the same time.
 
-    For work whose duration differs between hosts: the time limits of collectives are short.
+    For work whose duration differs between hosts: the time limits of collectives are short, on CPUs
+    30 s.
     """
     if several():
-        _service().wait_at_barrier(f"duc_dlc_jax/{where}", 1000 * MEET_WITHIN)
+        name = f"duc_dlc_jax/{where}/{next(_MEETINGS)}"  # a barrier serves once
+        _service().wait_at_barrier(name, 1000 * MEET_WITHIN)
 
 
 def end_all(code: int, message: str) -> tuple[int, str]:

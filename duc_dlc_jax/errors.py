@@ -1,5 +1,11 @@
 """Ends of a run that have an exit code of their own; `cli.EXIT_CODES` has all of them."""
 
+import signal
+
+# What ends a run by `Stopped`: a cluster's SIGTERM, Ctrl-C, Slurm's --signal=USR1 of many sites, a
+# terminal that is closed.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+
 
 class CheckpointError(RuntimeError):
     """A checkpoint that cannot be written, or read; the message says which and what to do."""

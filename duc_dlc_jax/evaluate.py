@@ -14,6 +14,7 @@ from jax.experimental import multihost_utils
 from duc_dlc_jax import (
     boundaries,
     cli,
+    distributed,
     metrics,
     pictures,
     progress,
@@ -88,6 +89,7 @@ class Evaluator:
                     each(example)
                 if len(kept) < keep:
                     kept.append(example)
+        distributed.meet("the sums of an evaluation")
         total, edges, images = (sum_over_processes(x) for x in (total, edges, np.array([count])))
         scores = metrics.scores(total, absent)
         scores |= {"matrix": total, "images": int(images[0])}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import importlib.util
 import json
 import os
 import sys
@@ -65,11 +66,16 @@ def on_topology(config: ml_collections.ConfigDict, name: str, effort: bool) -> d
 
     effort: compile as for running, which takes several times as long.
 
-    Raises ConfigError for unknown chips and where libtpu is not installed.
+    Raises ConfigError for unknown chips, slices of no such form, and where libtpu is not installed.
     """
     kind = name.partition(":")[0]
     if kind not in CHIPS:
         raise config_lib.ConfigError(f"--topology={name}; chips: {', '.join(CHIPS)}, as v5e:4x4")
+    if importlib.util.find_spec("libtpu") is None:
+        raise config_lib.ConfigError(
+            f"--topology={name}: its compiler comes with the extra tpu: "
+            "pip install -c constraints.txt '.[tpu]'"
+        )
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", {"v5e": "v5litepod-16"}.get(kind, f"{kind}-16"))
@@ -79,10 +85,7 @@ def on_topology(config: ml_collections.ConfigDict, name: str, effort: bool) -> d
     try:
         devices = topologies.get_topology_desc(platform="tpu", topology_name=name).devices
     except Exception as error:  # JAX has no narrower one
-        raise config_lib.ConfigError(
-            f"--topology={name}: no compiler for it ({error}). It comes with the extra tpu: "
-            "pip install -c constraints.txt '.[tpu]'"
-        ) from error
+        raise config_lib.ConfigError(f"--topology={name}: {error}") from error
     found = _compiled(config, devices, None if effort else programs.QUICK_TPU)
     parts = config.train.accumulate
     return found | predicted(found, config.train.batch_size, CHIPS[kind], parts)

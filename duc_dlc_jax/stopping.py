@@ -1,9 +1,10 @@
-"""Being told to stop: SIGTERM, or Ctrl-C, becomes a checkpoint at a step that all agree on."""
+"""Being told to stop, by SIGTERM or Ctrl-C, becomes a checkpoint at a step that all agree on."""
 
 from __future__ import annotations
 
 import contextlib
 import itertools
+import os
 import signal
 import threading
 from collections.abc import Iterable, Iterator
@@ -13,7 +14,7 @@ import jax
 from absl import logging
 from jax.experimental import multihost_utils
 
-from duc_dlc_jax.errors import Stopped
+from duc_dlc_jax.errors import STOP_SIGNALS, Stopped
 
 T = TypeVar("T")
 
@@ -21,9 +22,9 @@ T = TypeVar("T")
 class StopSignal:
     """Whether to stop, asked at the same points in every process.
 
-    SIGTERM and SIGINT (Ctrl-C) only set a flag, so that they are not lost during compilation
-    either; a second SIGINT is Python's KeyboardInterrupt. With several processes that is the first
-    one too, and JAX's coordination service passes one process's SIGTERM on and picks the point at
+    `errors.STOP_SIGNALS` only set a flag, so that they are not lost during compilation either; a
+    second Ctrl-C (SIGINT) is Python's KeyboardInterrupt. With several processes JAX's coordination
+    service passes one process's SIGTERM, which the other signals become, on and picks the point at
     which all of them stop; it takes part in the step that each has reached, so `reached` must be
     called equally often everywhere.
     """
@@ -34,14 +35,16 @@ class StopSignal:
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Takes the signals while the context lasts; outside the main thread nothing is taken."""
-        alone = jax.process_count() == 1  # else JAX's own handler, there since its start
-        if not alone or threading.current_thread() is not threading.main_thread():
+        """Takes the signals while the context lasts; outside the main thread nothing is taken.
+
+        What the process was started to ignore, as by nohup or a shell's background, stays ignored.
+        """
+        if threading.current_thread() is not threading.main_thread():
             yield
             return
-        taken = [signal.SIGTERM]
-        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as in a shell's background
-            taken.append(signal.SIGINT)
+        taken = {n for n in STOP_SIGNALS if signal.getsignal(n) is not signal.SIG_IGN}
+        if jax.process_count() > 1:  # JAX has a handler of its own, since its start
+            taken.discard(signal.SIGTERM)
         before = {number: signal.signal(number, self._note) for number in taken}
         try:
             yield
@@ -53,6 +56,8 @@ class StopSignal:
         self._asked, self.signal = True, signal.Signals(number).name
         if number == signal.SIGINT:
             signal.signal(number, signal.default_int_handler)
+        if jax.process_count() > 1:
+            os.kill(os.getpid(), signal.SIGTERM)
         logging.warning("%s: saving a checkpoint after this step", self.signal)
 
     def reached(self) -> bool:

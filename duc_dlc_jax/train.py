@@ -14,7 +14,7 @@ import json
 import os
 import shlex
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -133,7 +133,7 @@ class _Loop:
 
     config: ml_collections.ConfigDict
     steps: int
-    train_step: Callable
+    train_step: Any  # of `sharding.jit_train_step`
     evaluation: _Evaluation
     saved: checkpoints.Checkpoints
     writer: writers.Writer
@@ -149,7 +149,7 @@ class _Loop:
     def run(self, state: TrainState, batches: Iterator) -> dict[str, Any]:
         """From `first` on; returns the scores of the last evaluation.
 
-        Raises Stopped after SIGTERM or SIGINT, with the state saved.
+        Raises Stopped after one of `errors.STOP_SIGNALS`, with the state saved.
         """
         first, seed = self.first, np.uint32(self.config.seed)
         self.goodput.started()
@@ -163,6 +163,9 @@ class _Loop:
             if step == first + 1:
                 compiling = self.goodput.spent("compile")
             with compiling:
+                if step == first + 1 and distributed.several():
+                    self.train_step.lower(state, batch, seed).compile()
+                    distributed.meet("the first step")  # some may have had to compile it
                 state, metrics = self.train_step(state, batch, seed)
             self.trace.after(step - first - 1, state)
             self.figures.add(metrics, records)

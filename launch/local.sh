@@ -5,8 +5,8 @@
 #
 # What follows -- goes to `python -m duc_dlc_jax.main`. Process 0 writes to this terminal, the others
 # to a file each. When one process fails, the others are ended and its exit code is the script's.
-# SIGTERM or Ctrl-C: all processes save a checkpoint and end with code 75, as long as that takes; a
-# second one kills them. Needs bash 5.1.
+# SIGTERM, Ctrl-C, SIGUSR1 or SIGHUP: all processes save a checkpoint and end with code 75, as long as
+# that takes; a second one kills them. Needs bash 5.1.
 #
 # DEVICES_PER_PROCESS  CPU devices of each process, or GPUs of each process (default 1)
 # JAX_PLATFORMS        cpu (default) or cuda
@@ -70,7 +70,7 @@ stop() {
   fi
   kill -s "$signal" "${pids[@]}" 2>/dev/null || true
 }
-trap stop INT TERM
+trap stop INT TERM USR1 HUP
 
 for ((i = 0; i < processes; i++)); do
   command=("$python" -m duc_dlc_jax.main "$@"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -136,6 +138,26 @@ def test_work_and_traffic_of_a_device_do_not_grow_with_their_number(tmp_path):
     assert kind == "all-reduce"
 
 
+@pytest.mark.multiprocess
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+def test_a_tpu_slice_that_is_not_there(tmp_path):
+    """The real compiler takes our options, and we read its program and its memory."""
+    command = [sys.executable, "-m", "duc_dlc_jax.describe", "--config=configs/demo.py", "--json"]
+    command += [f"--config.{name}={value}" for name, value in TINY.items()]
+    found = json.loads(run([*command, "--topology=v5e:2x2"], DUC_DLC_CACHE=str(tmp_path)).stdout)
+    assert found["mesh"] == {"data": 4, "space": 1}
+    (kind,) = found["collectives_per_device"]
+    assert kind == "all-reduce"
+    config = tiny_config("")
+    model = segmenter.create(config.model, 8)
+    gradients = 4 * sum(counts.parameters(model).values())  # bytes
+    assert gradients < found["collectives_per_device"][kind]["bytes"] < 1.1 * gradients
+    assert found["state_bytes"] > train_step.state_bytes(model, config)
+    assert found["fits"]
+    assert 0 < found["seconds"]["work"] < found["seconds"]["step"] < 0.1
+    assert 0 < found["efficiency"] < 1
+
+
 def test_a_forecast_names_its_constants_and_the_largest_batch():
     chip = forecast.CHIPS["v5e"]
     found = {
@@ -173,3 +195,10 @@ def test_a_forecast_is_kept_until_the_code_changes(tmp_path, monkeypatch):
 def test_an_unknown_topology_lists_the_chips():
     with pytest.raises(config_lib.ConfigError, match="chips: v5e, v5p, v6e"):
         forecast.on_topology(tiny_config(""), "h100:8", effort=False)
+
+
+def test_two_forecasts_at_a_time_are_refused(monkeypatch):
+    args = SimpleNamespace(config=tiny_config(""), devices=4, topology="v5e:2x2", hours=False)
+    monkeypatch.setattr(describe.flags, "FLAGS", args)
+    with pytest.raises(config_lib.ConfigError, match="--devices, --topology and --hours one at"):
+        describe.main([])

@@ -23,7 +23,7 @@ from duc_dlc_jax.config import ConfigError
 from duc_dlc_jax.data import builders, pipeline
 from duc_dlc_jax.data.labels import LabelSpec
 from duc_dlc_jax.data.records import open_records
-from duc_dlc_jax.errors import Stopped
+from duc_dlc_jax.errors import STOP_SIGNALS, Stopped
 from duc_dlc_jax.stopping import StopSignal
 from duc_dlc_jax.train import train
 from repository import ROOT
@@ -175,6 +175,24 @@ def test_ctrl_c_saves_the_step(scenes_dir, tmp_path, monkeypatch):
     with pytest.raises(Stopped, match="stopped by SIGINT; step 1 is saved"):
         train(averaging(scenes_dir), tmp_path)
     assert saved_state(tmp_path, 1)["['step']"] == 1
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_a_signal_asks_to_stop_unless_the_process_was_started_to_ignore_it(number):
+    stop, before = StopSignal(), signal.getsignal(number)
+    with stop.listening():
+        os.kill(os.getpid(), number)
+        assert stop.reached()
+        assert stop.signal == number.name
+    assert signal.getsignal(number) == before
+    stop = StopSignal()
+    try:
+        signal.signal(number, signal.SIG_IGN)
+        with stop.listening():
+            os.kill(os.getpid(), number)
+            assert not stop.reached()
+    finally:
+        signal.signal(number, before)
 
 
 def test_a_second_ctrl_c_ends_at_once():

@@ -14,6 +14,7 @@ import yaml
 
 from duc_dlc_jax import cli, distributed
 from duc_dlc_jax.config import ConfigError
+from duc_dlc_jax.errors import STOP_SIGNALS
 from object_store import S3, serving, url
 from repository import ROOT
 
@@ -82,7 +83,7 @@ def signals(folder, *numbers):
     return send
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_a_stopped_run_saves_for_as_long_as_it_takes(tmp_path, number):
     body = f"""
     save() {{ sleep 0.5; touch "{tmp_path}/saved$1"; exit 75; }}
@@ -158,8 +159,9 @@ def test_a_slurm_job_gives_up_when_it_makes_no_progress(tmp_path):
     assert last.returncode == 134
     assert "2 starts without a new checkpoint" in last.stderr
     assert (tmp_path / "scontrol").read_text() == "requeue 7\n" * 3
-    assert slurm_job(tmp_path, "exit 0").returncode == 0
-    assert not list((tmp_path / "submitted").iterdir())
+    cores = "exit $((SRUN_CPUS_PER_TASK - 6))"  # which srun alone would not take from the job
+    assert slurm_job(tmp_path, cores, SLURM_CPUS_PER_TASK="6").returncode == 0
+    assert not list((tmp_path / "submitted").iterdir())  # it ended with 0
 
 
 @pytest.mark.object_store

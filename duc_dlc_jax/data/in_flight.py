@@ -10,6 +10,9 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from multiprocessing import resource_tracker
+
+from duc_dlc_jax.errors import STOP_SIGNALS
 
 
 class InFlight:
@@ -23,6 +26,10 @@ class InFlight:
         shared = pathlib.Path("/dev/shm")
         self._owner = tempfile.TemporaryDirectory(dir=shared if shared.is_dir() else None)
         self._folder = pathlib.Path(self._owner.name)
+        # Python's helper process for shared memory must outlive them too; it inherits the mask.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        resource_tracker.ensure_running()
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def __getstate__(self) -> dict:
         return {"_folder": self._folder}
@@ -30,9 +37,9 @@ class InFlight:
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
         if threading.current_thread() is threading.main_thread():
-            # A cluster sends SIGTERM to every process of a job, and a terminal SIGINT; the trainer
+            # A cluster sends them to every process of a job, and so does a terminal; the trainer
             # still needs batches.
-            for number in (signal.SIGTERM, signal.SIGINT):
+            for number in STOP_SIGNALS:
                 signal.signal(number, signal.SIG_IGN)
         threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
 
