@@ -14,7 +14,7 @@ import pytest
 from duc_dlc_jax import config as config_lib
 from duc_dlc_jax import workdirs
 from duc_dlc_jax.ablate import grid, runner
-from duc_dlc_jax.ablate.__main__ import listed, report_command, train_all
+from duc_dlc_jax.ablate.__main__ import conclude, listed, report_command, train_all
 from duc_dlc_jax.ablate.grid import Run, Variant, parts
 from duc_dlc_jax.ablate.results import Results, weights_digest
 from duc_dlc_jax.config import ConfigError
@@ -174,7 +174,7 @@ def fake(monkeypatch):
     return FakeTrainer
 
 
-def test_a_grid_goes_on_after_a_failure_and_where_it_stopped(fake, tmp_path):
+def test_a_grid_goes_on_after_a_failure_and_where_it_stopped(fake, tmp_path, capsys):
     results, runs = Results(tmp_path), grid.runs(TWO)
     assert train_all(config_lib.default(), runs, results, float("inf"), False) == 1
     assert fake.made == ["none", "dlc"]  # one program for both seeds
@@ -185,6 +185,9 @@ def test_a_grid_goes_on_after_a_failure_and_where_it_stopped(fake, tmp_path):
     lines = listed(runs, results).splitlines()
     assert "mIoU 0.5000" in lines[0]
     assert "failed, RuntimeError" in lines[2]
+    with pytest.raises(SystemExit, match=r"failed: duc_dlc-seed0; --list says why"):
+        conclude(runs, results)
+    assert capsys.readouterr().out.endswith("2 of 3 runs are done; the same command goes on\n")
     results.path(runs[1]).unlink()
     train_all(config_lib.default(), runs, results, float("inf"), False)
     assert fake.made == ["none", "dlc", "none", "dlc"]

@@ -93,12 +93,16 @@ def ended(run: grid.Run, result: dict[str, Any]) -> str:
     return f"{run.name}: mIoU {val['mIoU']:.4f}  PA {val['PA']:.4f}  boundary IoU {boundary:.4f}"
 
 
-def summary(runs: list[grid.Run], results: Results) -> str:
+def conclude(runs: list[grid.Run], results: Results) -> None:
+    """Says how far the runs are; raises SystemExit where some failed."""
     held = results.claims.holders()
     left = results.left(runs)
     others = sum(run.name in held for run in left)
     elsewhere = f", {others} running in other processes" if others else ""
-    return f"{len(runs) - len(left)} of {len(runs)} runs are done{elsewhere}"
+    done = f"{len(runs) - len(left)} of {len(runs)} runs are done"
+    print(f"{done}{elsewhere}; the same command goes on")
+    if failed := [run.name for run in left if results.failure(run)]:
+        raise SystemExit(f"error: failed: {', '.join(failed)}; --list says why")
 
 
 def report_command(config: str, workdir: os.PathLike[str], output: str) -> str:
@@ -151,7 +155,7 @@ def main(_) -> None:
     cli.use_compilation_cache(workdir)
     limit = args.stop_after_s or float("inf")
     train_all(base, runs, results, limit, args.weights)
-    print(f"{summary(runs, results)}; the same command goes on")
+    conclude(runs, results)
 
 
 if __name__ == "__main__":
