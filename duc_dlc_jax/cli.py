@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 import jax
-import ml_collections
 from absl import app, flags, logging
 from etils import epath
 from ml_collections import config_flags
@@ -232,11 +231,11 @@ def use_compilation_cache(workdir: epath.Path) -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 
-def use_deterministic_kernels(config: ml_collections.ConfigDict) -> None:
-    """With train.deterministic: XLA takes no GPU kernel whose result varies, and tunes none.
+def use_deterministic_kernels(deterministic: bool) -> None:
+    """Of `train.deterministic`: XLA takes no GPU kernel whose result varies, and tunes none.
 
     Before JAX is used; on other devices it changes nothing.
     """
-    if config.train.deterministic:
+    if deterministic:
         given = os.environ.get("XLA_FLAGS", "")
         os.environ["XLA_FLAGS"] = f"{given} --xla_gpu_deterministic_ops=true".strip()

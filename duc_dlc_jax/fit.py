@@ -108,12 +108,14 @@ def fit(request: Request, workdir: Path, *, yes: bool = False, command: str = ""
     if path.is_file():
         _check_record(workdir, request)
         print(f"{path} is kept: this goes on with the plan of an earlier call", flush=True)
+        cli.use_deterministic_kernels(config_lib.load(str(path)).train.deterministic)
     else:
         if (workdir / "config.json").exists():
             raise config_lib.ConfigError(
                 f"--workdir={workdir} holds a run that fit did not plan; give another folder"
             )
         found = request.inspect(workdir)
+        cli.use_deterministic_kernels(request.fields.get("train.deterministic", False))
         plan, seconds = make_plan(found, request)
         print(text(found, plan, seconds), flush=True)
         if not (yes or _confirmed()):

@@ -34,7 +34,7 @@ def main(_) -> None:
         workdir = storage.path(_WORKDIR.value or "")
         print(verify_resume.verify(sys.argv[1:], workdir, _VERIFY_STEPS.value))
         return
-    cli.use_deterministic_kernels(_CONFIG.value)
+    cli.use_deterministic_kernels(_CONFIG.value.train.deterministic)
     distributed.start(flags.FLAGS)
     workdir = storage.path(_WORKDIR.value or "")
     cli.use_compilation_cache(workdir)

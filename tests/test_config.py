@@ -493,12 +493,10 @@ def test_a_field_is_not_read_through_another_section():
 
 def test_deterministic_kernels_are_asked_for_by_a_flag_of_xla(monkeypatch):
     """Beside what was given; nothing without the field."""
-    config = config_lib.default()
     monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=x")
-    cli.use_deterministic_kernels(config)
+    cli.use_deterministic_kernels(False)
     assert cli.os.environ["XLA_FLAGS"] == "--xla_dump_to=x"
-    config.train.deterministic = True
-    cli.use_deterministic_kernels(config)
+    cli.use_deterministic_kernels(True)
     assert cli.os.environ["XLA_FLAGS"] == "--xla_dump_to=x --xla_gpu_deterministic_ops=true"
 
 

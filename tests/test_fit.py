@@ -306,6 +306,18 @@ def test_a_terminal_is_asked(two, tmp_path, monkeypatch):
     assert not (tmp_path / "run").exists()
 
 
+def test_deterministic_kernels_are_planned_and_kept(two, tmp_path, monkeypatch):
+    given = request(two, fields=FIELDS | {"train.deterministic": True})
+    monkeypatch.setattr(plans, "step_seconds", lambda plan: os.environ["XLA_FLAGS"])
+    monkeypatch.setattr(fit, "_time", lambda plan, seconds: seconds)
+    monkeypatch.setattr(fit.prepare, "is_prepared", lambda folder: True)
+    monkeypatch.setattr(fit, "train", lambda config, workdir: os.environ["XLA_FLAGS"])
+    for _ in range(2):  # the second goes on with the plan
+        monkeypatch.setenv("XLA_FLAGS", "")
+        assert fit.fit(given, tmp_path, yes=True) == "--xla_gpu_deterministic_ops=true"
+    assert "--xla_gpu_deterministic_ops" in (tmp_path / "config.py").read_text()
+
+
 def test_plan_only_writes_nothing(two, tmp_path):
     flags = [f"--images={two.images}", f"--labels={two.labels}", f"--workdir={tmp_path / 'run'}"]
     fields = [f"--config.{name}={value}" for name, value in FIELDS.items()]

@@ -48,7 +48,7 @@ def train_all(config, runs: list[grid.Run], results: Results, limit: float, weig
     Returns the number of runs that are left. A run that fails is noted, and the next one starts;
     so is the next one taken where another process works on a run.
     """
-    cli.use_deterministic_kernels(config)
+    cli.use_deterministic_kernels(config.train.deterministic)
     segmenter.enable_dtype(config.model)
     from duc_dlc_jax.ablate import runner  # late: --list and --report need no accelerator
 

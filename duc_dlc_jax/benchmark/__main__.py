@@ -310,7 +310,7 @@ def main(_) -> None:
     args = flags.FLAGS
     if args.threads:  # before JAX counts the cores
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])
-    cli.use_deterministic_kernels(args.config)
+    cli.use_deterministic_kernels(args.config.train.deterministic)
     segmenter.enable_dtype(args.config.model)
     if args.json:
         storage.check(args.json, write=True, flag="--json", file=True)
