@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from duc_dlc_jax.errors import STOP_SIGNALS
 from runs import tiny_config
 
 
@@ -21,10 +22,12 @@ def scenes_dir(tmp_path_factory) -> pathlib.Path:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def interruptible():
-    """What a shell starts in its background ignores SIGINT, and hands that on to its children."""
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+def stoppable():
+    """What a shell's background and nohup ignore is handed on to children, whose tests send it."""
+    for number in STOP_SIGNALS:
+        if signal.getsignal(number) is signal.SIG_IGN:
+            default = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+            signal.signal(number, default)
 
 
 @pytest.fixture(scope="session", autouse=True)
