@@ -126,10 +126,9 @@ class Inspection:
 
     def _absent(self, split: str) -> list[str]:
         """Returns the classes that no mask of a split has."""
-        scans = self.scans[split]
-        seen = {raw for scan in scans for raw in _raw_pixels(scan, self.spec.colours)}
-        raw_ids = {train: raw for raw, train in self.spec.raw_to_train.items()}
-        return [name for k, name in enumerate(self.spec.classes) if raw_ids[k] not in seen]
+        raw = (raw for scan in self.scans[split] for raw in _raw_pixels(scan, self.spec.colours))
+        seen = set(map(self.spec.raw_to_train.get, raw))
+        return [name for k, name in enumerate(self.spec.classes) if k not in seen]
 
     def _class_rows(self) -> list[str]:
         """Rows of classes and ignored values: share of the pixels, masks that have it."""
