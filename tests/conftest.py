@@ -1,5 +1,6 @@
 """Shared fixtures."""
 
+import os
 import pathlib
 import signal
 from types import SimpleNamespace
@@ -7,7 +8,12 @@ from types import SimpleNamespace
 import pytest
 
 from duc_dlc_jax.errors import STOP_SIGNALS
+from networks import QUICK
 from runs import tiny_config
+
+# Most of the tests' time is compilation: of this process and of those that it starts.
+_FLAGS = [f"--{name}={str(value).lower()}" for name, value in QUICK.items()]
+os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *_FLAGS]).strip()
 
 
 @pytest.fixture(scope="session")

@@ -50,6 +50,11 @@ backbone_init = NormalInit(2.0, "out")  # He et al., 2015
 head_init = NormalInit(1 / 3, "in")  # the variance of PyTorch's default
 
 
+def _once(*static: int):
+    """Of a function that many layers call: traced once for arrays of one shape, which is slow."""
+    return functools.partial(jax.jit, static_argnums=static, inline=True)
+
+
 def parameter_dtype(dtype: Dtype) -> Dtype:
     """float32, or float64 for float64 compute: parameters never take a narrower compute dtype."""
     return jnp.promote_types(jnp.float32, dtype)
@@ -95,7 +100,9 @@ class Conv(nn.Module):
         """
         wide, features = parameter_dtype(self.dtype), self.features
         shape = (self.kernel, self.kernel, channels // self.groups, features)
-        kernel = self.param("kernel", self.init, shape, wide)
+        # Flax traces it with every application too, to check the shape, for which zeros do.
+        draw = self.init if self.is_initializing() else nn.initializers.zeros
+        kernel = self.param("kernel", draw, shape, wide)
         if not self.bias:
             return kernel, None
         return kernel, self.param("bias", nn.initializers.zeros, (features,), wide)
@@ -165,24 +172,22 @@ def _convolve_forward(x, kernel, *how):
 def _convolve_backward(stride, dilation, groups, weight_gradient, saved, dy):
     x, kernel = saved
     plain = functools.partial(_plain_convolve, stride=stride, dilation=dilation, groups=groups)
+    by_image = len(kernel) == 1 and dy.shape[1] * dy.shape[2] >= CELLS_BY_IMAGE
+    on_cpu = weight_gradient or ("taps" if by_image and groups == 1 else "compiler")
+    on_gpu = weight_gradient or ("columns" if dilation > 1 and groups == 1 else "compiler")
+    if on_cpu == on_gpu == "compiler":
+        return jax.vjp(plain, x, kernel)[1](dy)
     (dx,) = jax.vjp(lambda x: plain(x, kernel), x)[1](dy)
 
     def gradient(way):
         return functools.partial(_weight_gradient, way, plain, stride, dilation)
 
-    if weight_gradient or groups > 1:
-        return dx, gradient(weight_gradient or "compiler")(x, kernel, dy)
-    by_image = len(kernel) == 1 and dy.shape[1] * dy.shape[2] >= CELLS_BY_IMAGE
-    dk = jax.lax.platform_dependent(
-        x,
-        kernel,
-        dy,
-        cpu=gradient("taps" if by_image else "compiler"),
-        cuda=gradient("columns" if dilation > 1 else "compiler"),
-        rocm=gradient("columns" if dilation > 1 else "compiler"),
-        default=gradient("compiler"),
-    )
-    return dx, dk
+    if weight_gradient:
+        return dx, gradient(weight_gradient)(x, kernel, dy)
+    on_others = gradient("compiler")
+    on_cpu, on_gpu = gradient(on_cpu), gradient(on_gpu)
+    ways = {"cpu": on_cpu, "cuda": on_gpu, "rocm": on_gpu, "default": on_others}
+    return dx, jax.lax.platform_dependent(x, kernel, dy, **ways)
 
 
 def _weight_gradient(way, plain, stride, dilation, x, kernel, dy):
@@ -281,48 +286,66 @@ class BatchNorm(nn.Module):
         if self.use_running_average:
             mean, var = running_mean.value[None], running_var.value[None]
         else:
-            mean, var, batch_mean, batch_var = self._statistics(x, kernel)
+            groups = 1 if self.is_initializing() else self.groups
+            sizes = self.valid_sizes(x.shape[1:3]) if self.valid_sizes else None
+            unbiased = self.running_variance == "unbiased"
+            mean, var, batch_mean, batch_var = _statistics(x, kernel, sizes, groups, unbiased, wide)
             if not self.is_initializing():
-                keep = self.momentum
-                running_mean.value = keep * running_mean.value + (1 - keep) * batch_mean
-                running_var.value = keep * running_var.value + (1 - keep) * batch_var
-        factor = scale[None] * jax.lax.rsqrt(var + self.epsilon)
-        return factor, bias[None] - factor * mean
+                running_mean.value = _moved(running_mean.value, batch_mean, self.momentum)
+                running_var.value = _moved(running_var.value, batch_var, self.momentum)
+        return _factor_and_shift(scale, bias, mean, var, self.epsilon)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        factor, shift = self.scale_and_shift(x)
-        y = x.reshape(len(factor), -1, *x.shape[1:])
-        y = (y * factor[:, None, None, None] + shift[:, None, None, None]).astype(self.dtype)
-        return y.reshape(x.shape)
+        return _scaled_and_shifted(x, *self.scale_and_shift(x), self.dtype)
 
-    def _statistics(self, x, kernel):
-        """Mean and variance of each group [G, C] and of the whole batch [C].
 
-        The variance of the batch is the one to store, biased or not.
-        """
-        groups = 1 if self.is_initializing() else self.groups
-        values = x.reshape(groups, -1, *x.shape[1:]).astype(parameter_dtype(self.dtype))
-        if self.valid_sizes is None:
-            count = values[0].size // values.shape[-1]
-            mean, var = _mean_and_variance(values, kernel, lambda v: v.mean((1, 2, 3)))
-            batch_mean = mean.mean(0)
-            batch_var = self._stored(var, count).mean(0) + mean.var(0)
-            return mean, var, batch_mean, batch_var
-        grid = x.shape[1:3]
-        mask = cells_within(self.valid_sizes(grid), grid).reshape(*values.shape[:-1], 1)
-        mask = mask | ~mask.any((1, 2, 3), keepdims=True)
-        count = mask.sum((1, 2, 3)).astype(values.dtype)  # [G, 1]
-        mean, var = _mean_and_variance(
-            jnp.where(mask, values, 0), kernel, lambda v: v.sum((1, 2, 3)) / count
-        )
-        share = count / count.sum()
-        batch_mean = (share * mean).sum(0)
-        spread = self._stored(var, count) + (mean - batch_mean[None]) ** 2
-        return mean, var, batch_mean, (share * spread).sum(0)
+@_once(3, 4, 5)
+def _statistics(x, kernel, sizes, groups, unbiased, wide):
+    """Mean and variance of each group [G, C] and of the whole batch [C].
 
-    def _stored(self, var, count):
-        unbiased = self.running_variance == "unbiased"
-        return var * (count / jnp.maximum(count - 1, 1)) if unbiased else var
+    sizes: of the valid parts, int32 [B, 2], or None. The variance of the batch is the one to store,
+    biased or not.
+    """
+    values = x.reshape(groups, -1, *x.shape[1:]).astype(wide)
+    if sizes is None:
+        count = values[0].size // values.shape[-1]
+        mean, var = _mean_and_variance(values, kernel, lambda v: v.mean((1, 2, 3)))
+        stored = _stored(var, count) if unbiased else var
+        return mean, var, mean.mean(0), stored.mean(0) + mean.var(0)
+    mask = cells_within(sizes, x.shape[1:3]).reshape(*values.shape[:-1], 1)
+    mask = mask | ~mask.any((1, 2, 3), keepdims=True)
+    count = mask.sum((1, 2, 3)).astype(values.dtype)  # [G, 1]
+    mean, var = _mean_and_variance(
+        jnp.where(mask, values, 0), kernel, lambda v: v.sum((1, 2, 3)) / count
+    )
+    share = count / count.sum()
+    batch_mean = (share * mean).sum(0)
+    stored = _stored(var, count) if unbiased else var
+    spread = stored + (mean - batch_mean[None]) ** 2
+    return mean, var, batch_mean, (share * spread).sum(0)
+
+
+def _stored(var, count):
+    """The unbiased one, as PyTorch stores it."""
+    return var * (count / jnp.maximum(count - 1, 1))
+
+
+@_once(2)
+def _moved(running, batch, keep):
+    return keep * running + (1 - keep) * batch
+
+
+@_once(4)
+def _factor_and_shift(scale, bias, mean, var, epsilon):
+    factor = scale[None] * jax.lax.rsqrt(var + epsilon)
+    return factor, bias[None] - factor * mean
+
+
+@_once(3)
+def _scaled_and_shifted(x, factor, shift, dtype):
+    y = x.reshape(len(factor), -1, *x.shape[1:])
+    y = (y * factor[:, None, None, None] + shift[:, None, None, None]).astype(dtype)
+    return y.reshape(x.shape)
 
 
 def _mean_and_variance(values, kernel, mean_of):
