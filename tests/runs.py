@@ -32,6 +32,8 @@ TINY = {
     "eval.batch_size": 8,
     "eval.pictures": 1,
 }
+# Changes of TINY where a test is about processes, signals and files: half to trace and compile.
+SMALL = {"model__context": "none", "model__upsampling": "bilinear", "eval__batch_size": 1}
 
 
 def tiny_config(data_dir, **changes):

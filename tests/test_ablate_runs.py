@@ -6,9 +6,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import subprocess
-import sys
-import time
 from types import SimpleNamespace
 
 import jax
@@ -21,24 +18,26 @@ from duc_dlc_jax import boundaries, workdirs
 from duc_dlc_jax import config as config_lib
 from duc_dlc_jax.ablate import crops, runner
 from duc_dlc_jax.ablate.grid import Variant, parts
-from duc_dlc_jax.ablate.results import Files, Results
+from duc_dlc_jax.ablate.results import Files
 from duc_dlc_jax.data.labels import IGNORE
 from duc_dlc_jax.errors import NotFinite
 from duc_dlc_jax.models import pretrained
 from duc_dlc_jax.train import train
 from networks import NARROW, jit
-from runs import environment, grid_file, run, tiny_config
+from runs import tiny_config
 
 pytestmark = pytest.mark.commands
 
 
 @pytest.fixture(scope="module")
-def trained(scenes_dir, tmp_path_factory):
+def trained(few_scenes, tmp_path_factory):
     """Seeds 0, 1 and 0 again of one variant, by one trainer, and the variant's configuration."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax, "jit", jit)
+        patch.setattr(runner, "TIMED_IMAGES", 1)
+        patch.setattr(runner, "TIMED_STEPS", 1)
         changes = {f"model__{name}": value for name, value in NARROW.items()}
-        base = tiny_config(scenes_dir, **changes, train__steps=4, train__eval_every=2)
+        base = tiny_config(few_scenes, **changes, train__steps=4, train__eval_every=2)
         variant = Variant("bilinear", parts("bilinear", "none"))
         configs = [variant.config(base, seed) for seed in (0, 1)]
         trainer = runner.Trainer(configs[0], runner.Data(base.data))
@@ -150,37 +149,8 @@ def test_a_run_that_was_cut_off_goes_on_with_the_same_bits(trained, tmp_path, mo
     assert workdirs.load(tmp_path).step == 3
 
 
-def test_a_killed_grid_goes_on_with_the_same_bits(scenes_dir, tmp_path):
-    """SIGKILL as soon as a new checkpoint is there, twice, against a grid that is left alone."""
-    fields = {"train__steps": 40, "train__eval_every": 20}
-    path = grid_file(tmp_path / "mine.py", scenes_dir, "[Variant('a', {}, 1)]", **fields)
-
-    def command(workdir):
-        words = [sys.executable, "-m", "duc_dlc_jax.ablate", f"--config={path}"]
-        return [*words, f"--workdir={workdir}"]
-
-    killed, alone = tmp_path / "killed", tmp_path / "alone"
-    for _ in range(2):
-        seen = set((killed / "unfinished" / "a-seed0" / "checkpoints").glob("[0-9]*"))
-        process = subprocess.Popen(command(killed), env=environment())
-        while set((killed / "unfinished" / "a-seed0" / "checkpoints").glob("[0-9]*")) <= seen:
-            assert process.poll() is None, "it ended before it was killed"
-            time.sleep(0.02)
-        process.kill()
-        process.wait()
-    for workdir in (killed, alone):
-        result = run(command(workdir))
-        assert ("going on from step" in result.stderr) == (workdir == killed)
-    first, second = (Results(workdir).all()[0] for workdir in (killed, alone))
-    for name in ("curve", "val", "crops"):
-        assert first[name] == second[name]
-    masks = [Results(workdir).masks("a-seed0").read_bytes() for workdir in (killed, alone)]
-    assert masks[0] == masks[1]
-    assert not (killed / "unfinished" / "a-seed0").exists()
-
-
-def test_the_masks_are_the_crops_of_the_labels_and_predictions(trained, scenes_dir):
-    val = runner.Data(tiny_config(scenes_dir).data).val
+def test_the_masks_are_the_crops_of_the_labels_and_predictions(trained, few_scenes):
+    val = runner.Data(tiny_config(few_scenes).data).val
     rows = trained.results[0]["crops"]
     chosen = crops.choose(val)
     masks = []

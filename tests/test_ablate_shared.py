@@ -23,7 +23,7 @@ from duc_dlc_jax.ablate.__main__ import listed, train_all
 from duc_dlc_jax.ablate.grid import Variant, parts
 from duc_dlc_jax.ablate.results import Results
 from duc_dlc_jax.config import ConfigError
-from runs import environment, grid_file, run
+from runs import environment, grid_file
 
 VARIANTS = [Variant("fcn", parts("none", "none"), 2), Variant("duc", parts("duc", "none"), 2)]
 RUNS = grid.runs(VARIANTS)  # fcn-seed0, fcn-seed1, duc-seed0, duc-seed1
@@ -215,10 +215,10 @@ class Command:
             )  # fmt: skip
 
     def wait(self) -> str:
-        assert self.process.wait(timeout=300) == 0, self.log.read_text()[-4000:]
+        assert self.process.wait(timeout=600) == 0, self.log.read_text()[-4000:]
         return self.log.read_text()
 
-    def until(self, condition: Callable[[], bool]) -> None:
+    def until(self, condition: Callable[[], object]) -> None:
         while not condition():
             assert self.process.poll() is None, self.log.read_text()[-4000:]
             time.sleep(0.02)
@@ -233,12 +233,17 @@ def trained_by(log: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def alone(scenes_dir, tmp_path_factory):
-    """The grid of two variants and two seeds, and its workdir after one process."""
+def alone(few_scenes, tmp_path_factory):
+    """The grid of two variants and two seeds, and its workdir after one process.
+
+    The variants differ in their crops: one compiled program serves both.
+    """
     folder = tmp_path_factory.mktemp("alone")
-    a, b = (f"Variant({n!r}, parts({u!r}, 'none'), 2)" for n, u in (("a", "none"), ("b", "duc")))
+    kinds = (("a", 0.0), ("b", 0.5))
+    change = "parts('none', 'none') | {{'data.photometric_probability': {}}}"
+    a, b = (f"Variant({name!r}, {change.format(share)}, 2)" for name, share in kinds)
     changes = {"train__steps": 40, "train__eval_every": 20, "train__checkpoint_every": 5}
-    path = grid_file(folder / "mine.py", scenes_dir, f"[{a}, {b}]", **changes)
+    path = grid_file(folder / "mine.py", few_scenes, f"[{a}, {b}]", **changes)
     log = Command(path, folder / "alone", "one").wait()
     assert trained_by(log) == ["a-seed0", "a-seed1", "b-seed0", "b-seed1"]
     return path, folder / "alone"
@@ -282,28 +287,44 @@ def test_two_processes_share_a_grid(alone, tmp_path):
 
 
 @pytest.mark.commands
-def test_a_run_of_a_killed_process_is_taken_over(alone, tmp_path):
-    """The first one is stopped in its run, so that the second one takes the other, then killed."""
+def test_a_run_of_killed_processes_goes_on_with_the_same_bits(alone, tmp_path):
+    """The first one is stopped in its run, so that the second one takes the other, then killed.
+
+    The second one takes over and is killed too, as soon as a new checkpoint is there; the third one
+    is the same command.
+    """
     path, expected = alone
     workdir, seed = tmp_path / "taken_over", "--seeds=0"
-    first = Command(path, workdir, "first", seed)
-    second = None
+    unfinished, commands = workdir / "unfinished", []
+
+    def start(name: str) -> Command:
+        commands.append(Command(path, workdir, name, seed))
+        return commands[-1]
+
+    def saved() -> set[str]:
+        found = (unfinished / "a-seed0" / "checkpoints").glob("[0-9]*")
+        return {path.name for path in found if path.name.isdigit()}
+
     try:
-        saved = workdir / "unfinished" / "a-seed0" / "checkpoints"
-        first.until(lambda: any(path.name.isdigit() for path in saved.glob("*")))
+        first = start("first")
+        first.until(saved)
         first.process.send_signal(signal.SIGSTOP)
-        second = Command(path, workdir, "second", seed)
-        second.until((workdir / "unfinished" / "b-seed0").exists)
-        words = [sys.executable, "-m", "duc_dlc_jax.ablate", f"--config={path}"]
-        lines = run([*words, f"--workdir={workdir}", seed, "--list"]).stdout
+        second = start("second")
+        second.until((unfinished / "b-seed0").exists)
+        lines = listed(grid.runs(grid.load(str(path)).variants, seeds=[0]), Results(workdir))
         assert f"running on {socket.gethostname()}, pid {first.process.pid} " in lines
+        seen = saved()
         first.end()
-        log = second.wait()
+        second.until(lambda: saved() - seen)
+        second.end()
+        log = start("third").wait()
     finally:
-        first.end()
-        if second:
-            second.end()
-    assert trained_by(log) == ["b-seed0", "a-seed0"]
-    assert "going on from step" in log
+        for command in commands:
+            command.end()
+    assert "b-seed0: mIoU" in second.log.read_text()
+    assert trained_by(log) == ["a-seed0"]
+    for text in (second.log.read_text(), log):
+        assert "going on from step" in text
     assert "2 of 2 runs are done; the same command goes on" in log
     assert_equal(workdir, expected, 2)
+    assert list(unfinished.iterdir()) == []

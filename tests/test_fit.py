@@ -3,29 +3,33 @@
 import argparse
 import dataclasses
 import json
+import logging
 import os
 import pathlib
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from duc_dlc_jax import config as config_lib
-from duc_dlc_jax import fit, plans, protocols, train_step, workdirs
-from duc_dlc_jax.data import folders
+from duc_dlc_jax import describe, fit, plans, protocols, train, train_step, workdirs
+from duc_dlc_jax.data import folders, prepare
 from duc_dlc_jax.data.builders import scenes
 from duc_dlc_jax.data.labels import DataError
 from duc_dlc_jax.models import counts, segmenter
-from runs import TINY, run
+from runs import SMALL, TINY, run
 
 pytestmark = pytest.mark.commands
 
 SHARED = os.environ.get("DUC_DLC_SHARED_DATA", "")
 GIB = 2**30
 CPU = plans.Machine("cpu", "cpu", 1, 8 * GIB, 16 * GIB, 4)
+SHALLOW = {"model.depth": 14}  # where the network does not matter: quicker to trace
 GPU = plans.Machine("gpu", "NVIDIA A100", 1, 32 * GIB, 64 * GIB, 12)
 FIELDS = {name: value for name, value in TINY.items() if name != "data.name"}
+FIELDS |= {name.replace("__", "."): value for name, value in SMALL.items()}
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +111,7 @@ def test_val_images_of_many_sizes_share_programs():
 
 @pytest.mark.parametrize(("images", "steps"), [(10, 2000), (1001, 2503), (10**5, 40000)])
 def test_steps_follow_from_the_images(images, steps):
-    assert plans.make(inspection(train=images), GPU, {}).config.train.steps == steps
+    assert plans.make(inspection(train=images), GPU, SHALLOW).config.train.steps == steps
 
 
 @pytest.mark.parametrize(
@@ -115,20 +119,19 @@ def test_steps_follow_from_the_images(images, steps):
     [((1080, 1920), 1080, 480), ((250, 200), 200, 192), ((20, 90), 20, 32)],
 )
 def test_crop_follows_from_the_short_side(size, base, crop):
-    data = plans.make(inspection(size=size), GPU, {}).config.data
+    data = plans.make(inspection(size=size), GPU, SHALLOW).config.data
     assert (data.base_size, data.crop_size) == (base, crop)
 
 
 def test_batch_fits_the_memory():
-    given = {"model.depth": 14}
-    config = plans.make(inspection(), GPU, given).config
+    config = plans.make(inspection(), GPU, SHALLOW).config
     model = segmenter.create(config.model, 5)
     state = train_step.state_bytes(model, config)
     image = counts.activation_bytes(model, 480, 480)
     for images, devices, batch in ((2.5, 1, 2), (100, 1, 16), (2.5, 2, 4), (9, 32, 32)):
         memory = int(state + images * image)
         machine = dataclasses.replace(GPU, memory=memory, devices=devices)
-        assert plans.make(inspection(), machine, given).config.train.batch_size == batch
+        assert plans.make(inspection(), machine, SHALLOW).config.train.batch_size == batch
 
 
 def test_given_fields_stay():
@@ -215,7 +218,7 @@ def fitted(two, tmp_path_factory):
 
 def test_fit_trains_and_evaluates(fitted):
     workdir, scores = fitted
-    loaded = workdirs.load(workdir)
+    loaded = workdirs.load(workdir, "latest")
     assert loaded.step == 6
     assert loaded.config.data.name == "own_scenes"
     assert loaded.spec.classes == tuple(f"class_{i}" for i in range(8))
@@ -230,15 +233,15 @@ def test_the_plan_is_an_ordinary_configuration(fitted):
     text = (workdir / "config.py").read_text()
     for words in ("python -m duc_dlc_jax.main --config=", "Hardware  1 x cpu", " train, "):
         assert words in text
-    command = [sys.executable, "-m", "duc_dlc_jax.describe", f"--config={workdir / 'config.py'}"]
-    assert "own_scenes, 8 classes" in run(command).stdout
+    assert "own_scenes, 8 classes" in describe.text(describe.describe(config))
 
 
-def test_main_goes_on_with_the_plan(fitted):
+def test_training_goes_on_with_the_plan(fitted, caplog):
+    """As `main` does it with its --config and --workdir."""
     workdir, scores = fitted
-    arguments = [f"--config={workdir / 'config.py'}", f"--workdir={workdir}"]
-    result = run([sys.executable, "-m", "duc_dlc_jax.main", *arguments])
-    assert "resuming from step 6" in result.stderr
+    with caplog.at_level(logging.INFO, "absl"):
+        train.train(config_lib.load(str(workdir / "config.py")), workdir)
+    assert "resuming from step 6" in caplog.text
     last = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["val/mIoU"] == pytest.approx(scores["mIoU"], abs=1e-6)
 
@@ -331,17 +334,16 @@ def test_plan_only_writes_nothing(two, tmp_path):
     assert "unknown configuration field train.epoch" in wrong.stderr
 
 
-def test_prepare_alone(two, tmp_path):
+def test_prepare_alone(two, tmp_path, monkeypatch):
     module = [sys.executable, "-m", "duc_dlc_jax.data.prepare", f"--data_dir={tmp_path}"]
     folder = [f"--images={two.images}", f"--labels={two.labels}"]
     printed = run([*module, "--dataset=mine", *folder], tensorflow=True).stdout
     assert " train, " in printed
     assert "8 of 8" in printed
-    refused = run([*module, "--dataset=camvid", *folder], check=False)
-    assert refused.returncode == 2
-    assert "camvid is the name of a known data set" in refused.stderr
-    for arguments in (["--dataset=mine", folder[0]], ["--dataset=own"]):
-        assert run([*module, *arguments], check=False).returncode != 0
+    given = SimpleNamespace(dataset="mine", images=str(two.images), labels=None, raw_dir=None)
+    monkeypatch.setattr(prepare.flags, "FLAGS", given)
+    with pytest.raises(prepare.app.UsageError, match="--images and --labels belong together"):
+        prepare.main(["prepare"])
 
 
 def test_bad_folders_end_in_one_line(two, tmp_path):
