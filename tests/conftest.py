@@ -75,18 +75,3 @@ def bfloat16_run(strict_rank_promotion):
         return float(step(states[0].replace(step=np.int32(of_step)), batch, seed)[1]["loss"])
 
     return SimpleNamespace(config=config, states=states, loss=loss)
-
-
-@pytest.fixture(scope="session")
-def few_scenes(tmp_path_factory) -> pathlib.Path:
-    """As `scenes_dir` with 24 train and 7 val images: for tests that are not about scores."""
-    pytest.importorskip("tensorflow", reason="preparing records needs TensorFlow")
-    from duc_dlc_jax.data.builders import scenes
-    from duc_dlc_jax.data.prepare import prepare
-
-    folder = tmp_path_factory.mktemp("few")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(scenes.COUNTS, "train", 24)
-        patch.setitem(scenes.COUNTS, "val", 7)
-        prepare("scenes", None, folder)
-    return folder
