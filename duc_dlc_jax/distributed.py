@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import importlib.util
 import itertools
@@ -63,7 +64,12 @@ def start(args: Any, environment: Mapping[str, str] = os.environ) -> None:
     )
     logging.info("process %d of %d", jax.process_index(), jax.process_count())
     if several():
-        threading.Thread(target=_watch, name="the end of another process", daemon=True).start()
+        over = threading.Event()
+        watch = threading.Thread(
+            target=_watch, args=(over,), name="the end of another process", daemon=True
+        )
+        watch.start()
+        atexit.register(_part, over, watch)  # before JAX's own, which was registered earlier
 
 
 def several() -> bool:
@@ -114,13 +120,25 @@ def _counts() -> dict[str, str]:
     return {}
 
 
-def _watch() -> None:
+def _part(over: threading.Event, watch: threading.Thread) -> None:
+    """At the end of a process: waits for the others, and for the thread that watches them.
+
+    A thread that asks the service while the interpreter ends would abort the process.
+    """
+    with contextlib.suppress(Exception):  # the service is gone
+        _service().wait_at_barrier("duc_dlc_jax/the end", 1000 * MEET_WITHIN)
+    over.set()
+    watch.join()
+
+
+def _watch(over: threading.Event) -> None:
     """Shows that this process is there; ends it when another one has said that it ends."""
     name = f"{ALIVE}/{jax.process_index()}"
     for count in itertools.count():
         with contextlib.suppress(Exception):  # the service is gone
             _service().key_value_set(name, str(count), allow_overwrite=True)
-        time.sleep(LOOK_EVERY)
+        if over.wait(LOOK_EVERY):
+            return
         if (found := _ended()) and found[0] != jax.process_index():
             with contextlib.suppress(OSError):
                 print(f"error: {_said(*found)}", file=sys.stderr, flush=True)

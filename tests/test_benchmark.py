@@ -353,7 +353,7 @@ def test_warm_up_does_not_count():
 def test_evaluation_holds_neither_logits_nor_probabilities_of_a_whole_image(tmp_path):
     """1024x2048 pixels of 150 classes: in float32 either would be 1.26 GB."""
     file = tmp_path / "figures.json"
-    small = runs.TINY | {"data.name": "ade20k"}
+    small = runs.TINY | {"data.name": "ade20k", "model.context": "none"}
     command = [sys.executable, "-m", "duc_dlc_jax.benchmark", "--config=configs/demo.py"]
     command += [f"--config.{name}={value}" for name, value in small.items()]
     command += ["--evaluate=1024x2048", "--protocol=multi_scale", "--set=scales=(0.5,)"]

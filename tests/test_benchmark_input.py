@@ -175,8 +175,8 @@ def test_formats_hold_the_same_photos(monkeypatch, capsys):
     assert "whole png" in capsys.readouterr().out
 
 
-def test_fed_steps_beside_steps_with_one_batch(scenes_dir):
-    result = benchmark_model.fed(runs.tiny_config(scenes_dir), steps=2, rounds=2)
+def test_fed_steps_beside_steps_with_one_batch(few_scenes):
+    result = benchmark_model.fed(runs.tiny_config(few_scenes), steps=2, rounds=2)
     rates = result["images_per_second"]
     assert set(rates) == {"records", "one_batch"}
     assert len(result["rounds"]["records"]) == 2

@@ -12,7 +12,7 @@ from PIL import Image
 
 from duc_dlc_jax.data.builders import scenes
 from duc_dlc_jax.data.labels import label_spec, voc_colour
-from runs import TINY, command, environment, run
+from runs import SMALL, TINY, command, environment, run
 
 pytestmark = pytest.mark.installed
 ROOT = Path(__file__).parent.parent
@@ -36,7 +36,7 @@ def size(path: str) -> tuple[int, int]:
         return image.size
 
 
-def test_every_command_works_in_an_empty_folder(site, scenes_dir, tmp_path, monkeypatch):
+def test_every_command_works_in_an_empty_folder(site, few_scenes, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     env = {"PYTHONPATH": str(site)}
 
@@ -45,9 +45,9 @@ def test_every_command_works_in_an_empty_folder(site, scenes_dir, tmp_path, monk
 
     where = "import duc_dlc_jax; print(duc_dlc_jax.__file__)"
     assert run([sys.executable, "-c", where], **env).stdout.startswith(str(site))
-    prepared = module("data.prepare", "--dataset=scenes", f"--data_dir={scenes_dir}")
+    prepared = module("data.prepare", "--dataset=scenes", f"--data_dir={few_scenes}")
     assert "already prepared" in prepared
-    run(command(scenes_dir, "run"), **env)
+    run(command(few_scenes, "run", **SMALL), **env)
     module("evaluate", "--workdir=run", "--json=scores.json", "--report=page")
     assert "<title>scenes, val</title>" in Path("page/index.html").read_text()
     assert json.loads(Path("scores.json").read_text())["step"] == 6
@@ -58,7 +58,7 @@ def test_every_command_works_in_an_empty_folder(site, scenes_dir, tmp_path, monk
     assert "answers as the trained network" in module("export", "--verify=bundle")
     module("predict", "--model=bundle", "--input=black.png", "--output=again")
     assert size("again/ids/black.png") == (64, 48)
-    again = module("evaluate", "--model=bundle", f"--data_dir={scenes_dir}", "--json=again.json")
+    again = module("evaluate", "--model=bundle", f"--data_dir={few_scenes}", "--json=again.json")
     assert "single scale, whole image" in again
     scores, again = (json.loads(Path(f"{name}.json").read_text()) for name in ("scores", "again"))
     assert again["mIoU"] == pytest.approx(scores["mIoU"], abs=1e-4)
@@ -109,15 +109,17 @@ def write_folders(root: Path, colours: bool) -> None:
 def test_two_folders_in_an_empty_folder(site, tmp_path, monkeypatch, masks):
     monkeypatch.chdir(tmp_path)
     write_folders(tmp_path, masks == "colours")
-    fields = [f"--config.{name}={value}" for name, value in TINY.items() if name != "data.name"]
+    fields = TINY | {name.replace("__", "."): value for name, value in SMALL.items()}
+    fields = [f"--config.{name}={value}" for name, value in fields.items() if name != "data.name"]
     fit = [sys.executable, "-m", "duc_dlc_jax.fit", "--images=images", "--labels=labels"]
     fit += ["--workdir=run", *fields]
     env = {"PYTHONPATH": str(site)}
-    refused = run(fit, check=False, **env)
-    assert refused.returncode == 2
-    assert "scene_0.jpg: unreadable or truncated" in refused.stderr
-    assert "--skip_bad" in refused.stderr
-    assert not Path("run").exists()
+    if masks == "palette":
+        refused = run(fit, check=False, **env)
+        assert refused.returncode == 2
+        assert "scene_0.jpg: unreadable or truncated" in refused.stderr
+        assert "--skip_bad" in refused.stderr
+        assert not Path("run").exists()
     printed = run([*fit, "--skip_bad"], **env).stdout
     for words in (
         "Left out  1",
@@ -142,19 +144,19 @@ def test_two_folders_in_an_empty_folder(site, tmp_path, monkeypatch, masks):
     "DUC_DLC_OTHER_PYTHON" not in os.environ, reason="DUC_DLC_OTHER_PYTHON is unset"
 )
 @pytest.mark.parametrize("direction", ["here_to_there", "there_to_here"])
-def test_checkpoints_move_between_python_versions(scenes_dir, tmp_path, direction):
+def test_checkpoints_move_between_python_versions(few_scenes, tmp_path, direction):
     """$DUC_DLC_OTHER_PYTHON: the interpreter of another version's environment."""
     any_jax = {"XLA_FLAGS": ""}  # no flag that one of the two versions does not know
     pythons = [sys.executable, os.environ["DUC_DLC_OTHER_PYTHON"]]
     if direction == "there_to_here":
         pythons.reverse()
-    run(command(scenes_dir, tmp_path, python=pythons[0]), **any_jax)
+    run(command(few_scenes, tmp_path, python=pythons[0], **SMALL), **any_jax)
     before = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
     arguments = ["-m", "duc_dlc_jax.evaluate", f"--workdir={tmp_path}"]
     run([pythons[1], *arguments, f"--json={tmp_path / 'scores.json'}"], **any_jax)
     after = json.loads((tmp_path / "scores.json").read_text())
     assert after["mIoU"] == pytest.approx(before["val/mIoU"], abs=1e-3)
-    more = command(scenes_dir, tmp_path, python=pythons[1], train__steps=8)
+    more = command(few_scenes, tmp_path, python=pythons[1], **SMALL, train__steps=8)
     result = subprocess.run(more, env=environment(**any_jax), capture_output=True, text=True)
     assert "resuming from step 6" in result.stderr, result.stderr[-2000:]
     assert result.returncode == 0, result.stderr[-2000:]
