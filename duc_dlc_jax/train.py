@@ -249,10 +249,11 @@ def _first_state(config, workdir, model, saved, mesh, records) -> tuple[TrainSta
         workdirs.check_classes(workdir, records.spec)
         for name, (old, new) in workdirs.changed_fields(workdir, config).items():
             logging.warning("resuming with %s=%r; the workdir was trained with %r", name, new, old)
-    if restored := saved.restore_latest(sharding.shapes(state_shapes(model, config), everywhere)):
-        check_position(restored[1], config.train.batch_size)
-        logging.info("resuming from step %d in %s", int(restored[0].step), saved.directory)
-        return restored
+        like = sharding.shapes(state_shapes(model, config), everywhere)
+        if restored := saved.restore_latest(like):
+            check_position(restored[1], config.train.batch_size)
+            logging.info("resuming from step %d in %s", int(restored[0].step), saved.directory)
+            return restored
     variables = initial.variables(model, config, records)
     create = functools.partial(first_state, model, config)
     return jax.jit(create, out_shardings=everywhere)(variables), 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -62,7 +63,8 @@ def first_state(
 
 def state_shapes(model: Segmenter, config: ml_collections.ConfigDict) -> TrainState:
     """The structure of the train state, in ShapeDtypeStructs."""
-    return jax.eval_shape(lambda: first_state(model, config))
+    create = functools.partial(first_state, model, config)
+    return jax.eval_shape(create, variable_shapes(model))
 
 
 def state_bytes(model: Segmenter, config: ml_collections.ConfigDict) -> int:
