@@ -146,6 +146,7 @@ def main():
     data_dir, workdir, trials, seed = sys.argv[1:]
     workdir, generator = pathlib.Path(workdir), random.Random(int(seed))
     changes = {"train__steps": STEPS, "train__log_every": 10, "eval__pictures": 0}
+    changes |= {"data__scale_min": 0.75, "data__scale_max": 1.5}  # as configs/demo.py
     config = tiny_config(data_dir, **SMALL | changes, optimizer__ema_decay=0.9)
     trace_step(config)
     kinds = ["step", "save", "delete", "save"] * (int(trials) // 4)
