@@ -27,6 +27,21 @@ def scenes_dir(tmp_path_factory) -> pathlib.Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def few_scenes(tmp_path_factory) -> pathlib.Path:
+    """As `scenes_dir` with 40 train and 8 val images, for runs that are evaluated in passing."""
+    pytest.importorskip("tensorflow", reason="preparing records needs TensorFlow")
+    from duc_dlc_jax.data.builders import scenes
+    from duc_dlc_jax.data.prepare import prepare
+
+    folder = tmp_path_factory.mktemp("few")
+    with pytest.MonkeyPatch.context() as patch:
+        for split, count in {"train": 40, "val": 8}.items():
+            patch.setitem(scenes.COUNTS, split, count)
+        prepare("scenes", None, folder)
+    return folder
+
+
 @pytest.fixture(scope="session", autouse=True)
 def stoppable():
     """What a shell's background and nohup ignore is handed on to children, whose tests send it."""

@@ -2,7 +2,8 @@
 
 Each trial is a forked process that ends itself by SIGKILL: in a step, in a save, or while an old
 checkpoint is being deleted. A last one trains to the end. Prints JSON: what each kill left behind.
-Forks keep the imports, so that a trial costs no more than restoring and a few steps.
+Forks keep the imports and the traced step, so that a trial costs no more than restoring and a few
+steps.
 """
 
 import functools
@@ -17,15 +18,38 @@ import sys
 import threading
 import time
 
-import jax  # noqa: F401 - imported before the forks, started after them
+import jax  # imported before the forks, started after them
+import numpy as np
 import tensorflow_datasets  # noqa: F401
 from clu import metric_writers  # noqa: F401
+from jax.extend.core import jaxpr_as_fun
 
-from duc_dlc_jax import checkpoints, sharding
-from duc_dlc_jax.train import train
-from runs import tiny_config
+from duc_dlc_jax import checkpoints, optimizer, sharding, train, train_step
+from duc_dlc_jax.data.labels import label_spec
+from duc_dlc_jax.models import segmenter
+from runs import SMALL, tiny_config
 
 STEPS = 60
+
+
+def trace_step(config):
+    """Traces the step before the forks: in them `train` is given what was traced."""
+    model = segmenter.create(config.model, label_spec("scenes").num_classes)
+    step = train_step.make_train_step(model, optimizer.create(config.optimizer, STEPS), config)
+    size, crop = config.train.batch_size, config.data.crop_size
+    batch = {
+        "image": jax.ShapeDtypeStruct((size, crop, crop, 3), np.uint8),
+        "label": jax.ShapeDtypeStruct((size, crop, crop), np.uint8),
+    }
+    seed = jax.ShapeDtypeStruct((), np.uint32)
+    state = train_step.state_shapes(model, config)
+    traced, result = jax.make_jaxpr(step, return_shape=True)(state, batch, seed)
+    structure = jax.tree.structure(result)
+
+    def again(*args):
+        return structure.unflatten(jaxpr_as_fun(traced)(*jax.tree.leaves(args)))
+
+    train.make_train_step = lambda *_: again
 
 
 def die():
@@ -99,7 +123,7 @@ def trial(config, workdir, kind, generator) -> str:
         arm = {"step": kill_in_step, "save": kill_in_save, "delete": kill_in_delete, "": None}[kind]
         if arm:
             arm(generator, *[folder] * (kind != "step"))
-        train(config, workdir)
+        train.train(config, workdir)
         os._exit(0)
     _, status = os.waitpid(pid, 0)
     if os.WIFEXITED(status):
@@ -122,7 +146,9 @@ def main():
     data_dir, workdir, trials, seed = sys.argv[1:]
     workdir, generator = pathlib.Path(workdir), random.Random(int(seed))
     changes = {"train__steps": STEPS, "train__log_every": 10, "eval__pictures": 0}
-    config = tiny_config(data_dir, **changes, optimizer__ema_decay=0.9)
+    changes |= {"data__scale_min": 0.75, "data__scale_max": 1.5}  # as configs/demo.py
+    config = tiny_config(data_dir, **SMALL | changes, optimizer__ema_decay=0.9)
+    trace_step(config)
     kinds = ["step", "save", "delete", "save"] * (int(trials) // 4)
     results = []
     for kind in kinds:

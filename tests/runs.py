@@ -74,7 +74,7 @@ def grid_file(path: Path, data_dir: Path, variants: str, **changes) -> Path:
     return path
 
 
-def run(arguments, *, check=True, timeout=300, **env):
+def run(arguments, *, check=True, timeout=900, **env):
     """Runs a command in `environment(**env)`; its output is in the error when it fails."""
     result = subprocess.run(
         arguments, env=environment(**env), capture_output=True, text=True, timeout=timeout
@@ -107,7 +107,7 @@ def run_two(data_dir, workdir, **changes) -> None:
         for index in range(2)
     ]
     try:
-        outputs = [process.communicate(timeout=300)[0] for process in processes]
+        outputs = [process.communicate(timeout=900)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()
@@ -116,12 +116,16 @@ def run_two(data_dir, workdir, **changes) -> None:
 
 
 def environment(devices=1, tensorflow=False, **extra):
-    """Variables of a process with `devices` CPU devices.
+    """Variables of a process with `devices` CPU devices, whose compiler hurries.
 
     tensorflow: whether it finds TensorFlow. Without it a run writes no TensorBoard events, and
     starts in half the time.
     """
+    from networks import QUICK
+
     own = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
+    quick = [f"--{name}={str(value).lower()}" for name, value in QUICK.items()]
+    own["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *quick]).strip()
     if not tensorflow:
         folders = [str(WITHOUT_TENSORFLOW), os.environ.get("PYTHONPATH", "")]
         own["PYTHONPATH"] = os.pathsep.join(filter(None, folders))

@@ -129,21 +129,22 @@ def test_interrupted_run_equals_the_uninterrupted_bit_for_bit(
     np.testing.assert_array_equal(scores["matrix"], trained[1]["matrix"])
 
 
+def counting(*_):
+    """In place of `sharding.jit_train_step`: a step that only counts."""
+    figures = {"loss": np.float32(1), "grad_norm": np.float32(1), "PA": np.float32(1)}
+    return lambda state, batch, seed: (state.replace(step=state.step + 1), figures)
+
+
 @pytest.mark.fault
 def test_a_run_resumed_with_another_batch_size_sees_each_image_once(
-    scenes_dir, tmp_path, monkeypatch
+    few_scenes, tmp_path, monkeypatch
 ):
     """Also after the checkpoints that follow the first of the new size."""
-
-    def counting(*_):
-        figures = {"loss": np.float32(1), "grad_norm": np.float32(1), "PA": np.float32(1)}
-        return lambda state, batch, seed: (state.replace(step=state.step + 1), figures)
-
     monkeypatch.setattr(sharding, "jit_train_step", counting)
 
     def run(batch_size, batches):
         changes = {"train__batch_size": batch_size, "train__checkpoint_every": 1}
-        config = tiny_config(scenes_dir, train__steps=99, **changes)
+        config = tiny_config(few_scenes, train__steps=99, **changes)
         with monkeypatch.context() as patch:
             interrupt_after(patch, batches)
             train(config, tmp_path, record_names=True)
@@ -153,7 +154,7 @@ def test_a_run_resumed_with_another_batch_size_sees_each_image_once(
             run(batch_size, 1)
     with pytest.raises(ConfigError, match=r"batch_size=3 .* \(8 = 2 x 3 \+ 2\); use 1, or"):
         run(3, 1)
-    records = open_records(averaging(scenes_dir).data, "train")
+    records = open_records(tiny_config(few_scenes).data, "train")
     lines = [json.loads(line) for line in (tmp_path / "records.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3]
     seen = [name for line in lines for name in line["records"]]
@@ -162,7 +163,8 @@ def test_a_run_resumed_with_another_batch_size_sees_each_image_once(
 
 
 @pytest.mark.fault
-def test_ctrl_c_saves_the_step(scenes_dir, tmp_path, monkeypatch):
+def test_ctrl_c_saves_the_step(few_scenes, tmp_path, monkeypatch):
+    monkeypatch.setattr(sharding, "jit_train_step", counting)
     original = pipeline.train_iterator
 
     def interrupted(*args, **kwargs):
@@ -173,7 +175,7 @@ def test_ctrl_c_saves_the_step(scenes_dir, tmp_path, monkeypatch):
 
     monkeypatch.setattr(pipeline, "train_iterator", interrupted)
     with pytest.raises(Stopped, match="stopped by SIGINT; step 1 is saved"):
-        train(averaging(scenes_dir), tmp_path)
+        train(tiny_config(few_scenes), tmp_path)
     assert saved_state(tmp_path, 1)["['step']"] == 1
 
 

@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 from duc_dlc_jax import goodput
-from runs import command, run
+from runs import SMALL, command, run
 
 
 class Clock:
@@ -67,15 +67,15 @@ def test_a_line_that_a_kill_cut_off_is_passed_over(monkeypatch, tmp_path):
 
 
 @pytest.mark.fault
-def test_the_second_start_compiles_nothing(scenes_dir, tmp_path):
+def test_the_second_start_compiles_nothing(few_scenes, tmp_path):
     """Its programs are all in the workdir; what it logs says so, too."""
     env = {"JAX_COMPILATION_CACHE_DIR": "", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-    changes = {"train__steps": 4}
-    run(command(scenes_dir, tmp_path, **changes), **env)
+    changes = SMALL | {"train__steps": 4}
+    run(command(few_scenes, tmp_path, **changes), **env)
     programs = {p.name for p in (tmp_path / "compiled").iterdir() if not p.name.endswith("atime")}
     assert len(programs) > 3
     shutil.rmtree(tmp_path / "checkpoints" / "4")
-    run(command(scenes_dir, tmp_path, **changes), **env)
+    run(command(few_scenes, tmp_path, **changes), **env)
     again = {p.name for p in (tmp_path / "compiled").iterdir() if not p.name.endswith("atime")}
     assert again == programs
     last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-2])

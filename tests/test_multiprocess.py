@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 
-from runs import command, run, run_two, saved_state
+from runs import TINY, command, run, run_two, saved_state, untrained_workdir
 
 pytestmark = pytest.mark.multiprocess
 
@@ -30,23 +30,32 @@ def largest_difference(first, second):
     )
 
 
-@pytest.mark.parametrize(
-    ("dtype", "tolerance", "mode", "space"),
-    [
-        ("float32", 1e-5, "whole", 1),
-        ("float64", 1e-10, "sliding", 1),
-        ("float64", 1e-10, "whole", 4),  # the rows of an image lie in both processes
-    ],
-)
-def test_two_processes_equal_one(scenes_dir, tmp_path, dtype, tolerance, mode, space):
-    changes = {"train__steps": 2, "model__dtype": dtype, "optimizer__learning_rate": 1e-3}
-    changes |= {"eval__mode": mode, "eval__crop_size": 160, "data__on_device": space > 1}
-    one, two = tmp_path / "one", tmp_path / "two"
-    result = run(command(scenes_dir, one, **changes), devices=4)
+# Of 8 images, the last batch of a process is never full.
+CHANGES = {"train__steps": 4, "optimizer__learning_rate": 1e-3, "eval__batch_size": 3}
+FLOAT64 = {
+    "model__dtype": "float64",
+    "eval__mode": "sliding",
+    "eval__crop_size": 160,
+    "data__on_device": True,
+}
+
+
+def one_process(few_scenes, workdir, **changes):
+    result = run(command(few_scenes, workdir, **CHANGES | changes), devices=4)
     assert ", 4 cpu device(s)" in result.stderr
-    run_two(scenes_dir, two, mesh__space=space, **changes)
-    difference = largest_difference(saved_state(one, 2), saved_state(two, 2))
-    print(f"{dtype}: largest relative difference {difference:.2e}; losses {losses(two)}")
+    return result
+
+
+@pytest.fixture(scope="module")
+def one(few_scenes, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("one")
+    one_process(few_scenes, workdir, **FLOAT64)
+    return workdir
+
+
+def assert_equal(one, two, tolerance):
+    difference = largest_difference(saved_state(one, 4), saved_state(two, 4))
+    print(f"largest relative difference {difference:.2e}; losses {losses(two)}")
     assert difference <= tolerance
     assert losses(two) == pytest.approx(losses(one), rel=1e-5)
     assert len(losses(two)) > 0
@@ -55,32 +64,34 @@ def test_two_processes_equal_one(scenes_dir, tmp_path, dtype, tolerance, mode, s
     assert first["val/PA"] == pytest.approx(second["val/PA"], abs=1e-4)
 
 
-def test_two_processes_resume_as_one(scenes_dir, tmp_path):
+def test_two_processes_equal_one_and_resume_as_one(few_scenes, one, tmp_path):
     """A run saved by two processes goes on in one, with the crops that come next."""
-    changes = {"train__steps": 4, "optimizer__learning_rate": 1e-3, "data__on_device": True}
-    whole, moved = tmp_path / "whole", tmp_path / "moved"
-    run(command(scenes_dir, whole, **changes), devices=4)
-    run_two(scenes_dir, moved, **changes)
-    shutil.rmtree(moved / "checkpoints" / "4")
-    result = run(command(scenes_dir, moved, **changes), devices=4)
+    run_two(few_scenes, tmp_path, **CHANGES | FLOAT64)
+    assert_equal(one, tmp_path, 1e-10)
+    shutil.rmtree(tmp_path / "checkpoints" / "4")
+    result = one_process(few_scenes, tmp_path, **FLOAT64)
     assert "resuming from step 2" in result.stderr
-    assert largest_difference(saved_state(whole, 4), saved_state(moved, 4)) <= 1e-5
+    assert_equal(one, tmp_path, 1e-10)
 
 
-def test_two_processes_start_from_a_run_as_one(scenes_dir, tmp_path):
-    """config.init.checkpoint: every process reads it, and none writes to it."""
-    start, one, two = (tmp_path / name for name in ("start", "one", "two"))
-    run(command(scenes_dir, start, train__steps=2))
+def test_rows_of_an_image_in_two_processes_train_as_whole_ones(few_scenes, one, tmp_path):
+    run_two(few_scenes, tmp_path, **CHANGES | FLOAT64, mesh__space=4)
+    assert_equal(one, tmp_path, 1e-10)
+
+
+def test_two_processes_start_from_a_run_as_one(few_scenes, tmp_path):
+    """config.init.checkpoint: every process reads it, and none writes to it. In float32."""
+    fields = {name[6:]: value for name, value in TINY.items() if name.startswith("model.")}
+    start = untrained_workdir(tmp_path / "start", fields)
     before = sorted(path.name for path in start.iterdir())
-    changes = {"init__checkpoint": start, "train__steps": 2, "optimizer__learning_rate": 1e-3}
-    result = run(command(scenes_dir, one, **changes), devices=4)
-    assert "the network of step 2" in result.stderr
-    run_two(scenes_dir, two, **changes)
-    assert largest_difference(saved_state(one, 2), saved_state(two, 2)) <= 1e-5
+    result = one_process(few_scenes, tmp_path / "one", init__checkpoint=start)
+    assert "the network of step 0" in result.stderr
+    run_two(few_scenes, tmp_path / "two", **CHANGES, init__checkpoint=start)
+    assert_equal(tmp_path / "one", tmp_path / "two", 1e-5)
     assert sorted(path.name for path in start.iterdir()) == before
 
 
-def test_batch_that_does_not_divide_ends_with_the_arithmetic(scenes_dir, tmp_path):
-    result = run(command(scenes_dir, tmp_path, train__batch_size=6), devices=4, check=False)
+def test_batch_that_does_not_divide_ends_with_the_arithmetic(few_scenes, tmp_path):
+    result = run(command(few_scenes, tmp_path, train__batch_size=6), devices=4, check=False)
     assert result.returncode == 2
     assert "6 = 1 x 4 + 2; use 4 or 8" in result.stderr.replace("(", "").replace(")", "")

@@ -9,13 +9,14 @@ import pytest
 import slurm
 
 from repository import ROOT
-from runs import command, environment, free_port, run_two, saved_state
+from runs import SMALL, command, environment, free_port, run_two, saved_state
 
 pytestmark = [
     pytest.mark.slurm,
     pytest.mark.skipif(bool(slurm.missing()), reason=f"Slurm: {slurm.missing()}"),
 ]
-CHANGES = {"train__steps": 40, "train__log_every": 5, "train__checkpoint_every": 5}
+STEPS = 60
+CHANGES = {"train__steps": STEPS, "train__log_every": 5, "train__checkpoint_every": 5} | SMALL
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +48,7 @@ class Job:
         words = self.call("scontrol", "show", "job").split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
-    def wait_until(self, condition, seconds=420):
+    def wait_until(self, condition, seconds=900):
         """Until `condition(state)`; a requeued job need not sit out Slurm's two minutes.
 
         But two seconds: a start in the second of the kill gets "Job credential revoked".
@@ -70,13 +71,13 @@ def newest(workdir) -> int:
     return max(map(int, names), default=0)
 
 
-def test_requeued_jobs_resume_bit_for_bit(cluster, scenes_dir, tmp_path):
+def test_requeued_jobs_resume_bit_for_bit(cluster, few_scenes, tmp_path):
     """Slurm kills and requeues the job once; told to stop by SIGTERM, it requeues itself."""
     straight, workdir = tmp_path / "straight", tmp_path / "run"
-    run_two(scenes_dir, straight, **CHANGES)
+    run_two(few_scenes, straight, **CHANGES)
     # The nodes' names are no host names here, hence --coordinator.
     coordinator = f"--coordinator=localhost:{free_port()}"
-    arguments = command(scenes_dir, workdir, coordinator, **CHANGES)[3:]
+    arguments = command(few_scenes, workdir, coordinator, **CHANGES)[3:]
     job = Job(cluster, workdir, arguments)
     for tell in (["scontrol", "requeue"], ["scancel", "--signal=TERM"]):
         job.wait_until(lambda state: state["JobState"] == "RUNNING")
@@ -84,21 +85,21 @@ def test_requeued_jobs_resume_bit_for_bit(cluster, scenes_dir, tmp_path):
         job.wait_until(lambda _, before=before: newest(workdir) > before)
         job.call(*tell)
         job.wait_until(lambda state, n=restarts: int(state["Restarts"]) > n)
-        assert newest(workdir) < 40, "the run was over before it was stopped"
+        assert newest(workdir) < STEPS, "the run was over before it was stopped"
     job.wait_until(lambda state: state["JobState"] == "COMPLETED")
     text = job.log.read_text()
     assert "stopped by SIGTERM; step" in text
     assert "stopped with a checkpoint: job" in text
     assert "Slurm does not requeue" not in text
     assert text.count("resuming from step") >= 2
-    first, second = saved_state(straight, 40), saved_state(workdir, 40)
+    first, second = saved_state(straight, STEPS), saved_state(workdir, STEPS)
     assert first.keys() == second.keys()
     for name in first:
         np.testing.assert_array_equal(first[name], second[name], err_msg=name)
 
 
-def test_an_error_that_a_restart_does_not_mend_ends_the_job(cluster, scenes_dir, tmp_path):
-    arguments = command(scenes_dir, tmp_path / "run", train__batch_size=6)[3:]
+def test_an_error_that_a_restart_does_not_mend_ends_the_job(cluster, few_scenes, tmp_path):
+    arguments = command(few_scenes, tmp_path / "run", train__batch_size=6)[3:]
     coordinator = f"--coordinator=localhost:{free_port()}"
     job = Job(cluster, tmp_path / "run", [*arguments, coordinator])
     job.wait_until(lambda state: state["JobState"] == "FAILED")
