@@ -116,16 +116,12 @@ def run_two(data_dir, workdir, **changes) -> None:
 
 
 def environment(devices=1, tensorflow=False, **extra):
-    """Variables of a process with `devices` CPU devices, whose compiler hurries.
+    """Variables of a process with `devices` CPU devices.
 
     tensorflow: whether it finds TensorFlow. Without it a run writes no TensorBoard events, and
     starts in half the time.
     """
-    from networks import QUICK
-
     own = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
-    quick = [f"--{name}={str(value).lower()}" for name, value in QUICK.items()]
-    own["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *quick]).strip()
     if not tensorflow:
         folders = [str(WITHOUT_TENSORFLOW), os.environ.get("PYTHONPATH", "")]
         own["PYTHONPATH"] = os.pathsep.join(filter(None, folders))

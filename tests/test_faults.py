@@ -282,6 +282,33 @@ def test_a_full_disk_of_one_process_of_two_ends_both_with_its_code(few_scenes, t
     wait_for(lambda: "process 0 ended with code 4" in log(tmp_path / "1"))
 
 
+ENDING = """
+import sys
+from absl import flags
+from duc_dlc_jax import distributed
+
+distributed.LOOK_EVERY = 0.0
+distributed.define_flags()
+flags.FLAGS(sys.argv)
+distributed.start(flags.FLAGS)
+sys.exit(75)
+"""
+
+
+def test_processes_that_ask_the_service_all_the_time_end_with_their_code(tmp_path):
+    """Without the wait for the thread that asks, 5 of 6 ended by an abort of C++."""
+    for trial in range(2):
+        flags = (f"--coordinator=localhost:{free_port()}", "--processes=2")
+        processes = [
+            start(
+                [sys.executable, "-c", ENDING, *flags, f"--process={i}"],
+                tmp_path / f"{trial}-{i}",
+            )
+            for i in range(2)
+        ]
+        assert [process.wait(timeout=TIMEOUT) for process in processes] == [75, 75]
+
+
 def test_a_process_that_does_not_arrive_is_named(few_scenes, tmp_path):
     flags = (f"--coordinator=localhost:{free_port()}", "--processes=3", "--start_timeout=15")
     processes = [
