@@ -88,10 +88,10 @@ def cluster(folder: pathlib.Path):
             process.terminate()
         for process in processes:
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(timeout=10)
+                process.wait(timeout=30)
             process.kill()
 
 
 def output(command, env) -> str:
-    result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+    result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
     return result.stdout + result.stderr

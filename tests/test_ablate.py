@@ -313,7 +313,7 @@ def test_a_file_is_whole_or_absent(tmp_path, monkeypatch):
 def test_the_command_lists_its_runs(tmp_path):
     command = [sys.executable, "-m", "duc_dlc_jax.ablate", f"--workdir={tmp_path}", "--list"]
     command += ["--config=configs/ablation_camvid.py", "--only=duc", "--seeds=0,4,0"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr
     assert [line.split()[0] for line in result.stdout.splitlines()] == ["duc-seed0", "duc-seed4"]
 

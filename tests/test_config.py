@@ -349,7 +349,7 @@ def test_missing_data_end_at_once_with_the_folder_and_the_command(tmp_path):
     """As a stranger would meet it: the first command, in an empty folder, without data."""
     command = [sys.executable, "-m", "duc_dlc_jax.main", "--config=configs/cityscapes.py"]
     command += [f"--workdir={tmp_path / 'run'}", f"--config.data.dir={tmp_path / 'data'}"]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=600)
     assert result.returncode == 2
     last = result.stderr.splitlines()[-1]
     assert last.startswith("error: no prepared records of 'cityscapes' in ")

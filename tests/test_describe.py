@@ -26,7 +26,7 @@ def demo():
     """The configuration and what the command prints for it with --json."""
     command = [sys.executable, "-m", "duc_dlc_jax.describe", "--config=configs/demo.py", "--json"]
     command.append("--config.data.crop_size=160")
-    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=600)
     assert result.returncode == 0, result.stderr
     config = config_lib.load("configs/demo.py")
     config.data.crop_size = 160

@@ -152,14 +152,14 @@ def server(bundle):
 def post(url, data):
     """(status, body)"""
     try:
-        with urllib.request.urlopen(url, data, timeout=60) as answer:
+        with urllib.request.urlopen(url, data, timeout=600) as answer:
             return answer.status, answer.read()
     except urllib.error.HTTPError as error:
         return error.code, error.read()
 
 
 def test_web_server(server, bundle, expected, files):
-    with urllib.request.urlopen(server, timeout=60) as page:
+    with urllib.request.urlopen(server, timeout=600) as page:
         assert b"<input type=file" in page.read()
     status, picture = post(server, (files / "photo.png").read_bytes())
     assert status == 200
@@ -169,7 +169,7 @@ def test_web_server(server, bundle, expected, files):
     for bad, message in {"text": b"not a readable", "small": b"31x64", "large": b"8000x"}.items():
         status, body = post(server, (files / f"{bad}.png").read_bytes())
         assert (status, message in body) == (400, True), body
-    connection = http.client.HTTPConnection(server.removeprefix("http://"), timeout=60)
+    connection = http.client.HTTPConnection(server.removeprefix("http://"), timeout=600)
     connection.putrequest("POST", "/")
     connection.putheader("Content-Length", "20000001")
     connection.endheaders()  # no byte of it is sent, and none is waited for

@@ -37,7 +37,7 @@ def launch(folder, *arguments, body="", then=None, **env):
     process = subprocess.Popen([SCRIPT, *arguments], env=env, **pipes)
     if then:
         then(process)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=600)
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
@@ -146,7 +146,7 @@ def slurm_job(folder, body, scontrol="", state="RUNNING", **env):
     workdir = env.pop("WORKDIR", str(folder / "run"))
     command = [LAUNCH / "slurm.sbatch", "--config=c.py", f"--workdir={workdir}"]
     return subprocess.run(
-        ["bash", *command], cwd=submitted, env=env, capture_output=True, text=True, timeout=60
+        ["bash", *command], cwd=submitted, env=env, capture_output=True, text=True, timeout=600
     )
 
 

@@ -18,7 +18,7 @@ SCRIPT = pathlib.Path(__file__).parent.parent / "launch" / "offline.sh"
 def run(*arguments, **variables):
     command = [SCRIPT, *map(str, arguments)]
     env = os.environ | variables
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, env=env)
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, env=env)
 
 
 @pytest.fixture

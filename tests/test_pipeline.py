@@ -161,7 +161,7 @@ def run_program(scenes_dir, tmp_path, text):
         env=os.environ | {"PYTHONPATH": root},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     assert "leaked shared_memory" not in done.stderr

@@ -85,7 +85,7 @@ def tpu_pod(tmp_path, monkeypatch):
         try:
             if then:
                 then(process)
-            out, err = process.communicate(timeout=60)
+            out, err = process.communicate(timeout=600)
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)

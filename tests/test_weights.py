@@ -131,7 +131,7 @@ print(weights.find("tiny")[0].stat().st_size)
         subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
         for _ in range(2)
     ]
-    assert [process.communicate(timeout=60)[0] for process in started] == [f"{len(CONTENT)}\n"] * 2
+    assert [process.communicate(timeout=600)[0] for process in started] == [f"{len(CONTENT)}\n"] * 2
     assert server.requests["tiny-x.npz"] == 1
     assert names(cache) == ["tiny-x.npz"]
 
